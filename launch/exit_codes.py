@@ -1,0 +1,22 @@
+"""What the shell learns: 0 done, 2 the input was wrong, 1 anything else."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from lctrain import config
+from lctrain.errors import RunError
+
+
+@contextmanager
+def exit_codes(verb: str, overrides: Sequence[str]) -> Iterator[None]:
+    """Turns what the user did wrong, or the world did to the run, into one line; bugs keep their traceback."""
+    try:
+        yield
+    except (RunError, KeyboardInterrupt) as error:
+        sys.exit(f"error: {str(error) or 'interrupted'}")  # a text: printed to stderr, exit code 1
+    except Exception as error:
+        if (refusal := config.explain(error, verb, overrides)) is None:
+            raise
+        print(f"error: {refusal}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,16 @@
+"""Turn a checkpoint into a plain Hugging Face folder that transformers loads without lctrain.
+
+Merges LoRA, writes the config with its rope and window, the tokenizer and a README with the recipe.
+
+examples:
+  lctrain export run_dir=runs/demo
+  lctrain export run_dir=runs/demo checkpoint=runs/demo/checkpoints/<name> output=models/demo
+"""
+
+from omegaconf import DictConfig
+
+
+def run(cfg: DictConfig) -> None:
+    from lctrain.export import main
+
+    main(cfg)

@@ -1,0 +1,48 @@
+"""`lctrain VERB [override …]`: finds the verb, lets Hydra compose its config, turns errors into exit codes."""
+
+import importlib
+import os
+import sys
+from typing import Any
+
+from launch.exit_codes import exit_codes
+from launch.usage import VERBS, overview, usage
+from lctrain import __version__, config
+from lctrain.errors import InputError
+
+
+def main() -> None:
+    """Exits with 0 (done), 2 (the input was wrong: one line, nothing written) or 1 (anything else)."""
+    verb, *overrides = sys.argv[1:] or ["--help"]
+    with exit_codes(verb, overrides):
+        if verb in ("-h", "--help", "help"):
+            print(overview())
+        elif verb == "--version":
+            print(f"lctrain {__version__}")
+        elif verb not in VERBS:
+            raise InputError(config.nearest(f"no command '{verb}'", verb, VERBS, show_all=True))
+        elif {"-h", "--help"} & set(overrides):
+            print(usage(verb))
+        else:
+            _compose_and_run(verb, overrides)
+
+
+def _compose_and_run(verb: str, overrides: list[str]) -> None:
+    import hydra
+
+    command, module = sys.argv, importlib.import_module(f"launch.{verb}")
+    if overrides and overrides[0].isidentifier() and hasattr(module, "FIRST"):
+        overrides[0] = f"{module.FIRST}={overrides[0]}"
+
+    def task(cfg: Any) -> None:
+        sys.argv = command  # whole again for those who start this program anew, one process per device
+        with exit_codes(verb, overrides):
+            config.check(cfg)
+            module.run(cfg)
+
+    config.register_resolvers()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us instead of being printed
+    # Hydra's parser wants the overrides in one piece; here flags may stand anywhere.
+    flags_last = sorted(overrides, key=lambda word: word.startswith("-") or not ("=" in word or word.startswith("~")))
+    sys.argv = [command[0], *flags_last]
+    hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name=verb)(task)()

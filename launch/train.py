@@ -1,0 +1,31 @@
+"""Adapt a model to a longer context, then measure it before and after.
+
+Loads the model, stretches its position encoding (rope), swaps its attention while training, tunes the chosen
+parameters on sequences of growing length (curriculum), saves checkpoints, exports a plain Hugging Face folder, and
+evaluates the untouched base and the adapted model with the same code.
+
+run_dir receives config.yaml, metrics, checkpoints/, exported/, report.json and pictures. Continue a stopped run with
+the same command and resume=auto.
+
+examples:
+  lctrain train experiment=demo run_dir=runs/demo
+  lctrain train model.path=<folder or hub id> data=text data.path=<folder> sequence_length=16384 rope=yarn
+  lctrain train attention=sliding_window attention.sliding_window=1024 tuning=longlora curriculum=staged
+  lctrain train experiment=demo run_dir=runs/short trainer.max_steps=5 logger=csv evaluation=perplexity
+  lctrain train experiment=demo run_dir=runs/demo resume=auto
+"""
+
+from omegaconf import DictConfig
+
+
+def run(cfg: DictConfig) -> None:
+    from lctrain.training.run import train
+
+    trained = train(cfg)
+    if cfg.evaluation and trained.is_global_zero:
+        from lctrain.evaluation.run import report
+        from lctrain.export import export
+
+        exported = export(cfg.run_dir, "auto", f"{cfg.run_dir}/exported")
+        before = {"before": cfg.model.path} if "path" in cfg.model else {}
+        report(cfg, {**before, "after": str(exported)}, training=trained)

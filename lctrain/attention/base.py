@@ -1,0 +1,62 @@
+"""What attends to what. A masked method is one function over positions; every kernel runs that same function."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from lctrain.errors import InputError
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(batch, query head, query position, key position) -> may attend; index tensors that broadcast against each other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What a pattern may depend on besides indices. Heads are global: `first_head` is this rank's first query head."""
+
+    length: int  # keys in the row
+    num_attention_heads: int
+    num_key_value_heads: int
+    layer_idx: int
+    first_head: int = 0
+    decoding: bool = False  # fewer queries than keys: the row's final length is not known
+
+
+class MaskedAttention(ABC):
+    """A static pattern.
+
+    `visible` sees positions *inside a document*, so a packed document attends exactly as it would alone. Causality,
+    documents, padding and the model's own window are and-ed to every pattern where it is installed, never here.
+    """
+
+    plain_causal: ClassVar[bool] = False  # the pattern is everything: a kernel may take its causal shortcut
+
+    @abstractmethod
+    def visible(self, layout: Layout) -> MaskMod:
+        """The pattern of one layer as a function of positions."""
+
+    def check(self, config: PreTrainedConfig, lengths: list[int]) -> None:
+        """Raise InputError if the pattern does not fit the model, or rows of these lengths (ascending)."""
+
+    def layer_group(self, layer_idx: int) -> Hashable:
+        """Layers of one group share one mask."""
+        return None
+
+    def adapt_config(self, config: PreTrainedConfig) -> str | None:
+        """Write into the model's config what plain transformers can reproduce; returns what was replaced, to be logged."""
+        return None
+
+    def heads_differ(self, layout: Layout) -> bool:
+        """Whether `visible` depends on the head."""
+        return False
+
+
+def require_positive(method: object, **values: int | float | None) -> None:
+    """InputError unless every given value is positive."""
+    for name, value in values.items():
+        if value is not None and value <= 0:
+            raise InputError(f"{type(method).__name__}: {name} must be positive, got {value}")

@@ -1,0 +1,68 @@
+"""Shifted sparse attention (S²-Attn)."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from lctrain.attention.base import Layout, MaskedAttention, MaskMod, require_positive
+from lctrain.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftedSparseAttention(MaskedAttention):
+    """Attention inside groups; half the heads use groups shifted by half a group (LongLoRA, Chen et al., arXiv:2309.12307).
+
+    With group size G, position p of an unshifted head belongs to group floor(p / G), of a shifted head to
+    floor((p + G/2) / G). Give either `group_size` in tokens or `group_size_ratio` of the row's length.
+
+    Deviations: the published code rolls the sequence, so its last half group attends into the first tokens; here the
+    first and last half groups stand alone. With grouped-query attention the shifted half is the second half of the
+    key-value heads and of the query heads that share them. Groups are counted inside each packed document.
+    """
+
+    group_size_ratio: float | None = 0.25
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(self, group_size_ratio=self.group_size_ratio, group_size=self.group_size)
+        if (self.group_size_ratio is None) == (self.group_size is None):
+            raise InputError("give one of attention.group_size_ratio and attention.group_size, set the other to null")
+        if self.group_size_ratio is not None and self.group_size_ratio > 1:
+            raise InputError(f"attention.group_size_ratio must be at most 1, got {self.group_size_ratio}")
+
+    def visible(self, layout: Layout) -> MaskMod:
+        if layout.decoding and self.group_size is None:
+            raise InputError("attention.group_size_ratio has no meaning while decoding; set attention.group_size")
+        size = self._size(layout.length)
+        if size == layout.length:  # one group: the shifted heads have nothing to bridge
+            return lambda b, h, q_pos, kv_pos: kv_pos <= q_pos
+        first_shifted = layout.num_attention_heads // 2
+
+        def same_group(b, h, q_pos, kv_pos):  # type: ignore[no-untyped-def]
+            shift = (h + layout.first_head >= first_shifted) * (size // 2)
+            return (q_pos + shift) // size == (kv_pos + shift) // size
+
+        return same_group
+
+    def check(self, config: PreTrainedConfig, lengths: list[int]) -> None:
+        if config.num_key_value_heads % 2:
+            raise InputError(
+                f"shifted_sparse shifts half of the key-value heads, but {config.model_type} has "
+                f"{config.num_key_value_heads}; choose another attention"
+            )
+        for length in lengths:
+            size = length * self.group_size_ratio if self.group_size_ratio is not None else self.group_size
+            if size != int(size) or length % int(size) or (size < length and int(size) % 2):
+                raise InputError(
+                    f"a sequence of {length} tokens is not divisible into even groups of {size:g}; "
+                    "change attention.group_size_ratio, attention.group_size or the sequence lengths"
+                )
+
+    def heads_differ(self, layout: Layout) -> bool:
+        return self._size(layout.length) < layout.length
+
+    def _size(self, length: int) -> int:
+        if self.group_size is not None:
+            return min(self.group_size, length)
+        assert self.group_size_ratio is not None
+        return max(2, int(length * self.group_size_ratio))

@@ -1,0 +1,187 @@
+"""The config tree: where it lies, how it is composed, checked and written down, and how mistakes in it are named.
+
+Works alike in a checkout and in an installed wheel, and never imports torch."""
+
+import difflib
+import inspect
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+
+from lctrain.errors import InputError
+
+_PACKAGE = Path(__file__).resolve().parent
+_ROOT = _PACKAGE / "share" if (_PACKAGE / "share").is_dir() else _PACKAGE.parent  # a wheel brings its own share/
+
+_SECRET_FIELD = re.compile(r"(?i)(api|access|private)_?key|passw|secret|credential|^token$|(auth|access|api|hf)_token$")
+_SECRET_VARIABLE = re.compile(r"(?i)KEY|TOKEN|SECRET|PASSWORD")
+
+
+def conf_dir() -> Path:
+    return _ROOT / "conf"
+
+
+def asset(name: str) -> str:
+    """Absolute path of data/<name>, as `${asset:<name>}` in a config; whether it is there is the reader's question."""
+    return str(_ROOT / "data" / name)
+
+
+def register_resolvers() -> None:
+    OmegaConf.register_new_resolver("asset", asset, replace=True)
+
+
+def compose(verb: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """conf/<verb>.yaml under Hydra overrides, as `lctrain <verb> <overrides>` composes it. Raises InputError."""
+    try:
+        return _compose(verb, overrides)
+    except Exception as error:
+        raise explain(error, verb, overrides) or error from None
+
+
+def _compose(verb: str, overrides: Sequence[str]) -> DictConfig:
+    import hydra
+
+    register_resolvers()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        return hydra.compose(verb, list(overrides))
+
+
+def check(cfg: DictConfig) -> None:
+    """Raises InputError where a mandatory value (`???`) is unset or an interpolation leads nowhere."""
+    missing = [name for name, value in _leaves(OmegaConf.to_container(cfg)) if value == "???"]
+    if missing:
+        raise InputError(f"no value for {_listed(missing)}: give {' '.join(f'{name}=…' for name in missing)}")
+    try:
+        OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise InputError(f"cannot resolve '{error.full_key}': {_one_line(error)}") from None
+
+
+def public(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved config as plain containers, secrets as '***': fit for a file, a log, W&B."""
+    variables = {value for name, value in os.environ.items() if value and _SECRET_VARIABLE.search(name)}
+
+    def mask(node: Any, field: str) -> Any:
+        if isinstance(node, dict):
+            return {key: mask(value, str(key)) for key, value in node.items()}
+        if isinstance(node, list):
+            return [mask(value, field) for value in node]
+        if not isinstance(node, str):
+            return node
+        # Inside a longer text only values of 8 characters and more: TOKENIZERS_PARALLELISM=1 must not hide every 1.
+        known = node in variables or any(len(value) >= 8 and value in node for value in variables)
+        return "***" if known or _SECRET_FIELD.search(field) else node
+
+    plain: dict[str, Any] = mask(OmegaConf.to_container(cfg, resolve=True), "")
+    return plain
+
+
+def dump(cfg: DictConfig) -> str:
+    """`public(cfg)` as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(public(cfg)))
+
+
+def groups(verb: str) -> dict[str, tuple[str | None, list[str]]]:
+    """Group → (default choice, all choices) of conf/<verb>.yaml, read from the files alone."""
+    found: dict[str, tuple[str | None, list[str]]] = {}
+    for entry in OmegaConf.load(conf_dir() / f"{verb}.yaml").get("defaults", []):
+        if isinstance(entry, str):
+            found |= {} if entry == "_self_" else groups(entry)
+            continue
+        ((key, default),) = entry.items()
+        name = str(key).removeprefix("override").strip(" /")
+        files = (conf_dir() / name.split("@")[0]).glob("*.yaml")
+        if name != "hydra":
+            found[name.split("@")[-1] if "_global_" not in name else name] = (default, sorted(f.stem for f in files))
+    return found
+
+
+def explain(error: BaseException, verb: str, overrides: Sequence[str] = ()) -> InputError | None:
+    """What the user did wrong, in one line that names the nearest that exists; None where the error is not theirs."""
+    from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+
+    if isinstance(error, InputError):
+        return error
+    if isinstance(error, InstantiationException):
+        return _explain_instantiation(error)
+    if isinstance(error, MissingConfigException):
+        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+        return InputError(nearest(f"no {group or 'config'} '{choice}'", choice, error.options or [], show_all=True))
+    if isinstance(error, OverrideParseException):
+        return InputError(f"cannot read '{error.override}': {_one_line(error)}")
+    if isinstance(error, HydraException):
+        unknown = re.match(r"Could not override '([^']+)'", str(error))
+        return InputError(_no_such_option(unknown[1], verb, overrides) if unknown else _one_line(error))
+    if isinstance(error, MissingMandatoryValue | InterpolationResolutionError):
+        return InputError(_one_line(error))
+    return None
+
+
+def nearest(problem: str, name: str, existing: Sequence[str], *, prefix: str = "", show_all: bool = False) -> str:
+    """`problem` with the nearest existing name behind it, and the choices where there are few enough to show."""
+    match = difflib.get_close_matches(name, existing, n=1, cutoff=0.5)
+    guess = f"; did you mean '{prefix}{match[0]}'?" if match else ""
+    return problem + guess + (f" (choices: {', '.join(existing)})" if show_all and existing else "")
+
+
+def _no_such_option(name: str, verb: str, overrides: Sequence[str]) -> str:
+    """Compares with every option under the groups that were chosen, those that end alike first."""
+    chosen = [o for o in overrides if re.match(r"[\w/@+]+=", o) and not o.startswith(f"{name}=")]
+    try:
+        existing = list(dict.fromkeys(_keys(OmegaConf.to_container(_compose(verb, chosen)))))
+    except Exception:  # another override is wrong as well: name this one without a guess
+        existing = []
+    alike = [key for key in existing if key.rpartition(".")[2] == name.rpartition(".")[2]]
+    return nearest(f"no such option '{name}'", name, alike or existing)
+
+
+def _explain_instantiation(error: BaseException) -> InputError | None:
+    from hydra.errors import InstantiationException
+    from hydra.utils import get_object
+
+    text, cause = str(error), error
+    while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    where = re.search(r"full_key: (\S+)", text)
+    prefix = f"{where[1]}." if where else ""
+    if isinstance(cause, InputError):
+        return cause
+    if text.startswith("Error locating target"):
+        return InputError(f"{prefix}_target_: {_one_line(cause)}")
+    target = re.search(r"target '([^']+)'", text)
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
+    if isinstance(cause, TypeError) and target and unknown:
+        fields = [name for name in inspect.signature(get_object(target[1])).parameters if name != "self"]
+        if unknown[1] not in fields:
+            return InputError(nearest(f"no such option '{prefix}{unknown[1]}'", unknown[1], fields, prefix=prefix))
+    if isinstance(cause, TypeError) and re.search(r"__init__\(\) missing \d+ required", str(cause)):
+        return InputError(f"{prefix.rstrip('.')}: {cause}")
+    return None
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        yield from _leaves(value, f"{prefix}{key}.")
+    if not isinstance(node, dict | list):
+        yield prefix[:-1], node
+
+
+def _keys(tree: Any) -> Iterator[str]:
+    """Every dotted name, of groups too."""
+    for name, _ in _leaves(tree):
+        parts = name.split(".")
+        yield from (".".join(parts[: i + 1]) for i in range(len(parts)))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(re.sub(r"See https://\S+.*|full_key: .*|object_type=.*", "", str(error)).split())

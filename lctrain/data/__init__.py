@@ -1,0 +1,1 @@
+"""Corpora, their tokens, and the batches cut from them."""

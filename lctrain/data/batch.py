@@ -1,0 +1,39 @@
+"""From rows of document fragments to tensors."""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from lctrain.data.packing import Row
+from lctrain.data.table import TokenTable
+
+Batch: TypeAlias = dict[str, Any]  # input_ids, labels, position_ids: int64 [rows, length]; num_valid_tokens: int
+
+IGNORED = -100
+
+
+def fill(rows: Sequence[Row], length: int, table: TokenTable, pad_token_id: int) -> Batch:
+    """The rows' ids, labels and positions, each int64 [rows, length].
+
+    A label is the token that follows in the same document, known even at the end of a row that cuts it. Positions
+    restart at 0 with each fragment, the padding included, and nothing else marks the documents of a row.
+    """
+    shape = (len(rows), length)
+    input_ids, labels = np.full(shape, pad_token_id), np.full(shape, IGNORED)
+    position_ids = np.empty(shape, dtype=np.int64)
+    for r, row in enumerate(rows):
+        at = 0
+        for document, first, stop in row:
+            tokens, mask = table.tokens(document), table.loss_mask(document)
+            end, following = at + stop - first, tokens[first + 1 : stop + 1]
+            if mask is not None:
+                following = np.where(mask[first + 1 : stop + 1], following, IGNORED)
+            input_ids[r, at:end] = tokens[first:stop]
+            labels[r, at : at + len(following)] = following
+            position_ids[r, at:end] = np.arange(end - at)
+            at = end
+        position_ids[r, at:] = np.arange(length - at)
+    arrays = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -1,0 +1,57 @@
+"""Conversations through the tokenizer's chat template, with the answers marked: only they are trained on."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lctrain.data.corpus import Document, Message
+from lctrain.errors import InputError
+
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def encode_conversation(document: Document, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Ids, and 1 for each that belongs to an answer.
+
+    A template that marks its answers with `{% generation %}` is taken at its word. Otherwise an answer is what
+    rendering one more message adds after the generation prompt, its end-of-turn mark included.
+    """
+    if tokenizer.chat_template is None:
+        raise InputError("the tokenizer has no chat template, which conversations need; use an instruct model's")
+    if GENERATION_TAG.search(str(tokenizer.chat_template)):
+        marked: Any = tokenizer.apply_chat_template(
+            list(document.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return marked["input_ids"], marked["assistant_masks"]
+    text = _render(tokenizer, document.messages)
+    answers = _answer_spans(document, text, tokenizer)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    mask = [int(any(start <= at < stop for start, stop in answers)) for at, _ in encoded["offset_mapping"]]
+    return list(encoded["input_ids"]), mask
+
+
+def _answer_spans(document: Document, text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
+    """Where in the rendered `text` each answer starts and stops, in characters."""
+    spans = []
+    for i, message in enumerate(document.messages):
+        if message["role"] != "assistant":
+            continue
+        asked = _render(tokenizer, document.messages[:i], add_generation_prompt=True)
+        answered = _render(tokenizer, document.messages[: i + 1])
+        if not (text.startswith(answered) and answered.startswith(asked)):
+            raise InputError(
+                f"{document.name}: the chat template renders a turn differently once others follow, so the answers "
+                "cannot be told apart; mark them in the template with {% generation %}"
+            )
+        spans.append((len(asked), len(answered)))
+    return spans
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool = False
+) -> str:
+    return str(
+        tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+    )

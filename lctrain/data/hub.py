@@ -1,0 +1,67 @@
+"""Whatever the `datasets` library reads: a name on the Hugging Face hub, or a local folder."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from lctrain.data.rows import RowCorpus, TextRows
+from lctrain.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubRows(RowCorpus):
+    """The records of one split of the dataset `name`: a hub name, or a folder of data files or of `save_to_disk`.
+
+    `config`, `data_dir` and `revision` choose among what the dataset offers. With `streaming`, only what is read is
+    downloaded, and reading stops after `max_documents` (null: all).
+    """
+
+    name: str
+    config: str | None
+    data_dir: str | None
+    revision: str | None
+    split: str
+    streaming: bool
+    max_documents: int | None
+
+    def __post_init__(self) -> None:
+        if self.max_documents is not None and self.max_documents < 1:
+            raise InputError(f"max_documents={self.max_documents} must be at least 1, or null for all")
+
+    def files(self) -> Sequence[Path]:
+        folder = Path(self.name).expanduser()
+        return sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else ()
+
+    def size_hint(self) -> int | None:
+        return self.max_documents
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for number, row in enumerate(islice(self._open(), self.max_documents)):
+            yield f"{Path(self.name).name}/{self.config or 'default'}/{self.split}/{number}", row
+
+    def _open(self) -> Any:
+        folder = Path(self.name).expanduser()
+        try:
+            if any((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
+                saved = datasets.load_from_disk(folder)
+                return saved[self.split] if isinstance(saved, datasets.DatasetDict) else saved
+            return datasets.load_dataset(
+                str(folder) if folder.is_dir() else self.name,
+                self.config,
+                data_dir=self.data_dir,
+                revision=self.revision,
+                split=self.split,
+                streaming=self.streaming,
+            )
+        except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise InputError(f"dataset {self.name!r}, split {self.split!r}, cannot be opened: {reason}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubCorpus(HubRows, TextRows):
+    """A dataset with a text column."""

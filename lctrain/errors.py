@@ -1,0 +1,9 @@
+"""The two exceptions that are told to the user in one line, without a traceback."""
+
+
+class InputError(ValueError):
+    """What the user gave is wrong: what, where, and what to do. The command line exits with 2."""
+
+
+class RunError(RuntimeError):
+    """The input was fine, the run could not go on (interrupted, diverged, disk full). The command line exits with 1."""

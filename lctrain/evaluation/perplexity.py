@@ -1,0 +1,158 @@
+"""Perplexity of held-out text by context length and by position. Shapes: B rows, L tokens, N = B * L, D hidden."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lctrain.errors import InputError
+from lctrain.evaluation.base import Advance, Result, Task, Tokens
+
+Sums = NDArray[np.float64]
+
+MAX_LOGITS = 2**26
+"""Logits held at once: 2**26 * 4 bytes = 256 MiB in fp32, whatever the length and the vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity(Task):
+    """exp(mean negative log-likelihood per token) of the same text at every length.
+
+    The text is `num_tokens` of the documents that outlast the longest length, in whole spans of that length (at least
+    one), taken in turns so that no single document dominates. Each of its tokens is predicted exactly once at every
+    length: windows of one length advance by `stride` tokens (None: by themselves, so they do not overlap) and score
+    only what the window before did not. A smaller stride gives each token more context and costs length / stride as
+    much. Inside the longest window, `num_buckets` equal ranges of positions are reported on their own.
+    """
+
+    num_tokens: int
+    stride: int | None
+    num_buckets: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        shortest, longest = self.context_lengths[0], self.context_lengths[-1]
+        if self.stride is not None and not 1 <= self.stride <= shortest:
+            raise InputError(f"perplexity stride {self.stride} must lie in 1..{shortest}, the shortest of its lengths")
+        if not 1 <= self.num_buckets <= longest:
+            raise InputError(f"perplexity num_buckets {self.num_buckets} must lie in 1..{longest}, the longest length")
+        if self.num_tokens < 1:
+            raise InputError(f"perplexity num_tokens {self.num_tokens} must be positive")
+
+    def num_units_at(self, length: int) -> float:
+        return self.num_tokens * length / (self.stride or length)
+
+    def check(self, documents: Sequence[Tokens]) -> None:
+        longest = self.context_lengths[-1]
+        available = max(map(len, documents), default=0)
+        if available <= longest:
+            raise InputError(
+                f"perplexity at length {longest} needs a held-out document of at least {longest + 1} tokens,"
+                f" the longest has {available}: lower the evaluation's lengths or hold out longer documents"
+            )
+
+    def texts(self, documents: Sequence[Tokens]) -> list[Tokens]:
+        """What is scored: the starts of long documents, a multiple of the longest length each, and the token behind."""
+        longest = self.context_lengths[-1]
+        spans = sorted((i, doc) for doc, ids in enumerate(documents) for i in range((len(ids) - 1) // longest))
+        num_spans = Counter(doc for _, doc in spans[: max(1, self.num_tokens // longest)])
+        return [documents[doc][: n * longest + 1] for doc, n in sorted(num_spans.items())]
+
+    @torch.inference_mode()
+    def run(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        documents: Sequence[Tokens],
+        advance: Advance,
+    ) -> Result:
+        self.check(documents)
+        texts = self.texts(documents)
+        check_head(model, texts[0][:8])
+        scores = {length: self.score(model, texts, length, advance) for length in self.context_lengths}
+        nll = {str(length): sums.sum() / counts.sum() for length, (sums, counts) in scores.items()}
+        num_tokens = sum(len(text) - 1 for text in texts)
+        num_bytes = sum(len(text.encode()) for text in tokenizer.batch_decode([text[1:].tolist() for text in texts]))
+        return {
+            "by_length": {length: math.exp(mean) for length, mean in nll.items()},
+            "bits_per_byte": {length: mean / math.log(2) * num_tokens / num_bytes for length, mean in nll.items()},
+            "by_position": self.by_position(*scores[self.context_lengths[-1]]),
+            "num_tokens": num_tokens,
+            "num_documents": len(texts),
+        }
+
+    def score(
+        self, model: PreTrainedModel, texts: Sequence[Tokens], length: int, advance: Advance
+    ) -> tuple[Sums, Sums]:
+        """Sum of the scored tokens' negative log-likelihoods, and their number, at each position of the window [L]."""
+        jobs = [(text, *window) for text in texts for window in windows(len(text) - 1, length, self.stride or length)]
+        sums, counts = np.zeros(length), np.zeros(length)
+        for i in range(0, len(jobs), self.rows(length)):
+            batch = jobs[i : i + self.rows(length)]
+            ids = np.stack([text[start : start + length + 1] for text, start, _ in batch])
+            losses_BL = token_losses(model, to_device(ids, model)).cpu().double().numpy()
+            scored_BL = np.arange(length) >= np.array([[first] for _, _, first in batch])
+            sums += (losses_BL * scored_BL).sum(0)
+            counts += scored_BL.sum(0)
+            advance(f"perplexity at {length:,}", self.num_units_at(length) * len(batch) / len(jobs))
+        return sums, counts
+
+    def by_position(self, sums: Sums, counts: Sums) -> Result:
+        """Perplexity of each range [start, end) of positions; a token at position p is predicted from p + 1 tokens."""
+        edges = np.linspace(0, len(sums), self.num_buckets + 1).astype(int)
+        num_tokens = np.add.reduceat(counts, edges[:-1])
+        return {
+            "start": edges[:-1].tolist(),
+            "end": edges[1:].tolist(),
+            "perplexity": np.exp(np.add.reduceat(sums, edges[:-1]) / num_tokens).tolist(),
+            "num_tokens": num_tokens.astype(int).tolist(),
+        }
+
+
+def windows(num_tokens: int, length: int, stride: int) -> list[tuple[int, int]]:
+    """(start, first position scored) of each window; the last one ends with the text, so it may advance by less."""
+    ends = [*range(length, num_tokens, stride), num_tokens]
+    return [(end - length, length - (end - before)) for before, end in zip([0, *ends], ends, strict=False)]
+
+
+def to_device(ids: Tokens, model: PreTrainedModel) -> Tensor:
+    """Token ids as the model takes them."""
+    return torch.from_numpy(ids.astype(np.int64)).to(model.device)
+
+
+def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Negative log-likelihood in fp32 [B, L] of all but the first token of `ids` [B, L + 1], without full logits."""
+    inputs_BL, labels_BL = ids[:, :-1], ids[:, 1:]
+    position_ids = torch.arange(inputs_BL.shape[1], device=ids.device).expand_as(inputs_BL)
+    output = model.get_decoder()(input_ids=inputs_BL, position_ids=position_ids, use_cache=False)
+    hidden_ND, labels_N = output.last_hidden_state.flatten(0, 1), labels_BL.flatten()
+    tile = max(1, MAX_LOGITS // model.get_output_embeddings().out_features)
+    tiles = zip(hidden_ND.split(tile), labels_N.split(tile), strict=True)
+    losses_N = torch.cat([F.cross_entropy(logits(model, hidden), labels, reduction="none") for hidden, labels in tiles])
+    return losses_N.view(labels_BL.shape)
+
+
+def logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits in fp32 as the model itself would give them, soft cap included (Gemma 2)."""
+    values: Tensor = model.get_output_embeddings()(hidden).float()
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return values if softcap is None else softcap * torch.tanh(values / softcap)
+
+
+def check_head(model: PreTrainedModel, ids: Tokens) -> None:
+    """Refuse a model that does more to its logits than `logits` knows of (a scale, say): perplexity would be wrong."""
+    inputs = to_device(ids[None], model)
+    ours = logits(model, model.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state)
+    theirs = model(input_ids=inputs, use_cache=False).logits.float()
+    if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item(), equal_nan=True):
+        raise InputError(
+            f"{type(model).__name__} changes its logits in a way perplexity cannot reproduce tile by tile:"
+            " leave it out with evaluation=passkey"
+        )

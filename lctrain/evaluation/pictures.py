@@ -1,0 +1,173 @@
+"""The evaluation as pictures: perplexity by length and position, recall by length and depth, loss over the steps."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+
+from lctrain.evaluation.base import Result
+
+Results = Mapping[str, Mapping[str, Result]]
+"""Label (before, after) → task → result, as `evaluate` gives it."""
+Row = Mapping[str, Any]
+
+COLOURS = {"before": "#8b7358", "after": "#2563c9"}
+STYLE: dict[Any, Any] = {
+    "font.size": 11,
+    "axes.titlesize": 13,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+    "lines.linewidth": 2.2,
+    "savefig.dpi": 150,
+    "figure.constrained_layout.use": True,
+}
+
+
+def draw(folder: Path, results: Results, history: Sequence[Row] = ()) -> list[Path]:
+    """Write a PNG of everything there is data for."""
+    perplexity = {label: tasks["perplexity"] for label, tasks in results.items() if "perplexity" in tasks}
+    passkey = {label: tasks["passkey"] for label, tasks in results.items() if "passkey" in tasks}
+    figures: dict[str, Figure] = {}
+    with rc_context(STYLE):
+        if perplexity:
+            figures["perplexity_by_length.png"] = perplexity_by_length(perplexity)
+            figures["perplexity_by_position.png"] = perplexity_by_position(perplexity)
+        if passkey:
+            figures["passkey.png"] = passkey_by_depth(passkey)
+        if history:
+            figures["training.png"] = training(history)
+        for name, figure in figures.items():
+            figure.savefig(folder / name)
+    return [folder / name for name in figures]
+
+
+def perplexity_by_length(results: Mapping[str, Result]) -> Figure:
+    """One line per label, both axes logarithmic, each point with its number."""
+    figure = Figure(figsize=(7, 4.4))
+    axes = figure.subplots()
+    lengths: list[int] = []
+    for i, (label, result) in enumerate(results.items()):
+        side = -16 if i else 8  # the first line is numbered above, the next below
+        lengths, values = [int(length) for length in result["by_length"]], list(result["by_length"].values())
+        axes.plot(lengths, values, marker="o", markersize=7, label=label, color=COLOURS.get(label))
+        for x, y in zip(lengths, values, strict=True):
+            number = f"{y:.3g}" if y < 1000 else f"{y:,.0f}"
+            axes.annotate(number, (x, y), (0, side), textcoords="offset points", ha="center", color=COLOURS.get(label))
+    token_ticks(axes, lengths, logarithmic=True)
+    perplexity_axis(axes)
+    axes.set(title="Perplexity by context length", xlabel="context length (tokens)")
+    axes.legend()
+    return figure
+
+
+def perplexity_by_position(results: Mapping[str, Result]) -> Figure:
+    """Steps over the position inside the longest window: where a model stops to follow."""
+    figure = Figure(figsize=(7, 4.4))
+    axes = figure.subplots()
+    end = 0
+    for label, result in results.items():
+        ranges = result["by_position"]
+        end = ranges["end"][-1]
+        axes.stairs(ranges["perplexity"], [*ranges["start"], end], label=label, baseline=None, linewidth=2.2,
+                    color=COLOURS.get(label))  # fmt: skip
+    token_ticks(axes, [end * i // 8 for i in range(9)])
+    perplexity_axis(axes)
+    axes.set(title=f"Perplexity inside a window of {tokens(end)} tokens", xlabel="position in the window (tokens)")
+    axes.set_xlim(0, end)
+    axes.legend()
+    return figure
+
+
+def passkey_by_depth(results: Mapping[str, Result]) -> Figure:
+    """A heatmap of depth over length per label, from 0 to 100 %, the share in every cell."""
+    grids = {label: result["by_depth"] for label, result in results.items()}
+    num_lengths = max(map(len, grids.values()))
+    figure = Figure(figsize=(1.6 + len(grids) * max(2.6, 0.85 * num_lengths), 4.2))
+    panels = figure.subplots(1, len(grids), sharey=True, squeeze=False)[0]
+    for axes, (label, grid) in zip(panels, grids.items(), strict=True):
+        shares = np.array([list(row.values()) for row in grid.values()]).T
+        image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        for (y, x), share in np.ndenumerate(shares):
+            axes.text(x, y, f"{share:.0%}", ha="center", va="center", color="white" if share > 0.6 else "#222222")
+        axes.set_xticks(range(len(grid)), [tokens(int(length)) for length in grid])
+        depths = next(iter(grid.values()))
+        axes.set_yticks(range(len(depths)), [f"{float(depth):.0%}" for depth in depths])
+        axes.set(title=label, xlabel="context length (tokens)")
+        axes.tick_params(length=0)
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+    panels[0].set_ylabel("depth of the key in the context")
+    figure.suptitle("Passkey recall", fontweight="bold", x=0.01, ha="left")
+    figure.colorbar(image, ax=list(panels), format=PercentFormatter(1), label="keys recalled", pad=0.02)
+    return figure
+
+
+def training(history: Sequence[Row]) -> Figure:
+    """Loss above, sequence length below, over optimizer steps. Rows without a value are left out."""
+    figure = Figure(figsize=(7, 5))
+    top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    steps, losses = column(history, "loss")
+    top.plot(steps, losses, color=COLOURS["after"], linewidth=0.9, alpha=0.35)
+    top.plot(steps, smooth(losses), color=COLOURS["after"])
+    top.set(title="Training", ylabel="loss (nats per token)")
+    steps, lengths = column(history, "sequence_length")
+    bottom.step(steps, lengths, where="post", color=COLOURS["before"])
+    bottom.fill_between(steps, lengths, step="post", color=COLOURS["before"], alpha=0.25, linewidth=0)
+    bottom.set_yticks(sorted(set(lengths)), [tokens(int(length)) for length in sorted(set(lengths))])
+    bottom.set(xlabel="optimizer step", ylabel="length (tokens)", ylim=(0, None))
+    figure.align_ylabels()
+    return figure
+
+
+def column(history: Iterable[Row], name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one quantity."""
+    rows = [(float(row["step"]), float(row[name])) for row in history if row.get(name) not in (None, "")]
+    return [step for step, _ in rows], [value for _, value in rows]
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Running mean over about a twentieth of the run, of fewer values at the ends."""
+    half = max(1, len(values) // 40)
+    return [float(np.mean(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]
+
+
+def perplexity_axis(axes: Axes) -> None:
+    """Logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
+    axes.set_yscale("log", subs=[])
+    axes.set_ylabel("perplexity (log scale)")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / 1.2, high * 1.2)  # room for the numbers
+    low, high = axes.get_ylim()
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))))
+    ticks = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
+    axes.set_yticks([tick for tick in ticks if low <= tick <= high])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def token_ticks(axes: Axes, ticks: Sequence[int], *, logarithmic: bool = False) -> None:
+    """Ticks at these numbers of tokens."""
+    if logarithmic:
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [tokens(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def tokens(number: int) -> str:
+    """512, 1.5k, 128k, 1M: in units of 1024."""
+    if number < 1024:
+        return str(number)
+    return f"{number / 1024:.4g}k" if number < 1024**2 else f"{number / 1024**2:.4g}M"

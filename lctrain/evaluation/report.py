@@ -1,0 +1,94 @@
+"""What a run proved, for people and programs: report.json, pictures, one table on the console, the same in W&B."""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import wandb
+from rich.table import Table
+
+from lctrain.evaluation.pictures import Results, Row, draw, tokens
+
+FORMATS = {"perplexity": "{:,.2f}", "passkey": "{:.0%}"}
+PACKAGES = ("lctrain", "torch", "transformers", "lightning", "peft", "datasets", "deepspeed")
+
+
+def write_report(
+    folder: Path,
+    results: Results,
+    *,
+    config: Mapping[str, Any],
+    steps: int = 0,
+    tokens_per_second: float | None = None,
+    history: Sequence[Row] = (),
+) -> dict[str, Any]:
+    """Write report.json and the pictures into `folder` and return the report.
+
+    `results` maps a label (before, after) to what `evaluate` gave; the report holds task → label → length → value, and
+    everything else measured under `details`. `history` has a row per logged step: step, loss, sequence_length.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    report = {
+        **{task: {label: done[task]["by_length"] for label, done in results.items()} for task in task_names(results)},
+        "tokens_per_second": tokens_per_second,
+        "steps": steps,
+        "versions": versions(),
+        "config": config,
+        "details": results,
+    }
+    draw(folder, results, history)
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def task_names(results: Results) -> list[str]:
+    """Every task that ran, in order."""
+    return list(dict.fromkeys(task for done in results.values() for task in done))
+
+
+def rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of the table: a row per length, a column per task and label."""
+    columns = [
+        (f"{task} {label}", FORMATS.get(task, "{:.3g}"), done[task]["by_length"])
+        for task in task_names(results)
+        for label, done in results.items()
+    ]
+    lengths = sorted({int(length) for _, _, values in columns for length in values})
+    cells = [
+        [tokens(n), *(form.format(values[str(n)]) if str(n) in values else "-" for _, form, values in columns)]
+        for n in lengths
+    ]
+    return ["length", *(heading for heading, _, _ in columns)], cells
+
+
+def table(results: Results) -> Table:
+    """Everything by length, labels side by side, for a rich console."""
+    headings, cells = rows(results)
+    shown = Table(title="Before and after" if len(results) > 1 else None, title_style="bold", title_justify="left")
+    for heading in headings:
+        style = "bold" if heading.endswith("after") else None
+        shown.add_column(heading.replace(" ", "\n", 1), justify="right", style=style)
+    for row in cells:
+        shown.add_row(*row)
+    return shown
+
+
+def log_media(run: wandb.Run, folder: Path, results: Results) -> None:
+    """Put the table, and the pictures that `write_report` left in `folder`, into a W&B run."""
+    headings, cells = rows(results)
+    images = {f"evaluation/{path.stem}": wandb.Image(str(path)) for path in sorted(folder.glob("*.png"))}
+    run.log({"evaluation/by_length": wandb.Table(columns=[*headings], data=cells), **images})
+
+
+def versions() -> dict[str, str]:
+    """Python and the installed packages that decide numbers."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # an extra that is not installed, or a checkout that is not either
+            continue
+    return found

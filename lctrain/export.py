@@ -1,0 +1,74 @@
+"""From a checkpoint to a plain Hugging Face folder."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from peft import PeftModel
+
+from lctrain.errors import InputError
+from lctrain.folder import RunFolder, is_whole, whole_checkpoints
+
+RECIPE = "lctrain.yaml"  # the resolved config of the run, in every exported folder
+
+
+def main(cfg: DictConfig) -> None:
+    """`lctrain export`."""
+    print(f"exported to {export(cfg.run_dir, cfg.checkpoint, cfg.output)}")
+
+
+def export(run_dir: str, checkpoint: str, output: str) -> Path:
+    """Merge the adapters of a checkpoint (a path, or auto for the newest whole one) into `output`; returns it.
+
+    The folder holds safetensors, the config with the stretched positions, the tokenizer, and a README with the recipe.
+    It is written beside its final name and renamed. Raises InputError where there is nothing to export.
+    """
+    folder, target = RunFolder(run_dir), Path(output)
+    if not folder.config.is_file():
+        raise InputError(f"run_dir={run_dir} holds no config.yaml; give the folder of a training run")
+    if target.exists() and not (target / RECIPE).is_file():
+        raise InputError(f"output={output} exists and is not an earlier export; move it away or choose another")
+    path = _checkpoint(folder, checkpoint)
+    cfg = OmegaConf.load(folder.config)
+    recipe = instantiate(cfg.model, _convert_="all")
+    model = recipe.build()
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    unknown = weights.keys() - dict(model.named_parameters()).keys()
+    if unknown:
+        raise InputError(f"{path} does not belong to {folder.config}: it holds {sorted(unknown)[0]}")
+    model.load_state_dict(weights, strict=False)
+    merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    merged.config.use_cache = True
+    aside = target.with_name(target.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    merged.save_pretrained(aside)
+    recipe.tokenizer.save_pretrained(aside)
+    (aside / RECIPE).write_text(OmegaConf.to_yaml(cfg))
+    (aside / "README.md").write_text(_readme(cfg, path))
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+    return target
+
+
+def _checkpoint(folder: RunFolder, checkpoint: str) -> Path:
+    if checkpoint != "auto":
+        if not is_whole(Path(checkpoint)):
+            raise InputError(f"checkpoint={checkpoint} is missing or not whole")
+        return Path(checkpoint)
+    found = whole_checkpoints(folder.checkpoints)
+    if not found:
+        raise InputError(f"{folder.checkpoints} holds no whole checkpoint")
+    return found[-1]
+
+
+def _readme(cfg: DictConfig, checkpoint: Path) -> str:
+    return (
+        f"# {cfg.model.get('path', 'a model')} at {cfg.sequence_length:,} tokens\n\n"
+        f"Adapted with lctrain, checkpoint {checkpoint.name}. Loads in plain transformers:\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(folder)\n```\n\n"
+        f"Trained with `{cfg.attention._target_}`; this folder runs the architecture's own attention.\n\n"
+        f"The whole recipe is in {RECIPE}.\n"
+    )

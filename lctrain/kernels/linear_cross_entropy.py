@@ -1,0 +1,73 @@
+"""Cross-entropy of a linear head, tile by tile: the full logits never exist.
+
+Shape legend: N tokens, D hidden, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_LOGITS = 2**26  # held at once: 2**26 * 4 bytes = 256 MiB in fp32, whatever the length and the vocabulary
+
+
+class _TiledLinearCrossEntropy(torch.autograd.Function):
+    """The gradients of a sum are known up to one scalar, so forward computes them while a tile's logits are there."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        wanted = ctx.needs_input_grad[:3]
+        d_hidden = torch.zeros_like(hidden_ND) if wanted[0] else None
+        d_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted[1] else None
+        d_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wanted[2] and bias_V is not None else None
+        losses_N = torch.zeros(labels_N.shape, dtype=torch.promote_types(hidden_ND.dtype, torch.float32), device=hidden_ND.device)
+        tile = max(1, MAX_LOGITS // weight_VD.shape[0])
+        for start in range(0, labels_N.numel(), tile):
+            rows = slice(start, start + tile)
+            hidden, labels = hidden_ND[rows], labels_N[rows]
+            logits, slope = _cap(F.linear(hidden, weight_VD, bias_V).to(losses_N.dtype), softcap)
+            log_normalizer = logits.logsumexp(-1, keepdim=True)
+            losses_N[rows] = (log_normalizer - logits.gather(-1, labels[:, None])).squeeze(-1)
+            if not any(wanted):
+                continue
+            gradient = logits.sub_(log_normalizer).exp_()
+            gradient.scatter_add_(-1, labels[:, None], torch.full_like(log_normalizer, -1.0))
+            gradient = gradient if slope is None else gradient * slope
+            if d_bias is not None:
+                d_bias += gradient.sum(0)
+            gradient = gradient.to(hidden.dtype)
+            if d_hidden is not None:
+                d_hidden[rows] = gradient @ weight_VD.to(hidden.dtype)
+            if d_weight is not None:
+                d_weight += gradient.T @ hidden
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtypes = hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
+        ctx.mark_non_differentiable(losses_N)
+        return losses_N.sum(), losses_N
+
+    @staticmethod
+    def backward(ctx: Any, d_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if g is None else (g * d_sum).to(dtype) for g, dtype in gradients), None, None
+
+
+def _cap(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """softcap · tanh(logits / softcap), and its slope."""
+    if softcap is None:
+        return logits, None
+    tanh = torch.tanh(logits / softcap)
+    return softcap * tanh, 1 - tanh.square()
+
+
+def linear_cross_entropy(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor, *, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """(sum over tokens, each token's own without gradient) of -log softmax(softcap(hidden · weightᵀ + bias))[label].
+
+    Labels must be valid ids: drop ignored tokens first. Computes in fp32, or fp64 for fp64 inputs.
+    """
+    losses: tuple[Tensor, Tensor] = _TiledLinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N, softcap)  # type: ignore[no-untyped-call]
+    return losses

@@ -1,0 +1,84 @@
+"""torch's scaled_dot_product_attention, run only where the mask has something to see."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lctrain.kernels.base import Kernel, MaskMod, MaskShape
+
+# Tiles of 512 queries skip most of what a pattern hides and still keep a CPU's cores busy.
+TILE = 512
+
+
+class Tile(NamedTuple):
+    """One call: queries `q` of `q_heads` see nothing outside keys `kv` of `kv_heads`; `bias` is 0 or -inf inside."""
+
+    q_heads: slice
+    kv_heads: slice
+    q: slice
+    kv: slice
+    bias: Tensor
+
+
+class SDPAKernel(Kernel):
+    """Plain causal attention is one call. A pattern is cut into query tiles, each attending to the hull of its keys.
+
+    The tiles make a window or a group cost what it sees, also where the backend knows no sparsity (CPU).
+    """
+
+    supports_softcap = False
+
+    def prepare(self, mask_mod: MaskMod, shape: MaskShape) -> list[Tile]:
+        offset = shape.kv_length - shape.q_length  # causal: query i sees no key after i + offset
+        tiles = []
+        for start in range(0, shape.q_length, TILE):
+            q = slice(start, min(start + TILE, shape.q_length))
+            mask = shape.evaluate(mask_mod, q, slice(0, q.stop + offset))
+            for q_heads, kv_heads in _head_runs(mask, shape.num_key_value_groups):
+                kv = slice(*_hull(mask[:, q_heads]))
+                visible = mask[:, q_heads, :, kv]
+                bias = torch.zeros(visible.shape, dtype=shape.dtype, device=shape.device)
+                tiles.append(Tile(q_heads, kv_heads, q, kv, bias.masked_fill_(~visible, float("-inf"))))
+        return tiles
+
+    def attend(
+        self,
+        q_BHLD: Tensor,
+        k_BKSD: Tensor,
+        v_BKSD: Tensor,
+        prepared: list[Tile] | None,
+        *,
+        scaling: float,
+        softcap: float | None,
+    ) -> Tensor:
+        if prepared is None:
+            return F.scaled_dot_product_attention(q_BHLD, k_BKSD, v_BKSD, is_causal=True, scale=scaling, enable_gqa=True)
+        rows: dict[int, list[Tensor]] = {}
+        for tile in prepared:
+            k, v = (x[:, tile.kv_heads, tile.kv] for x in (k_BKSD, v_BKSD))
+            q = q_BHLD[:, tile.q_heads, tile.q]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=tile.bias, scale=scaling, enable_gqa=True)
+            rows.setdefault(tile.q.start, []).append(out)
+        return torch.cat([torch.cat(heads, dim=1) for heads in rows.values()], dim=2)
+
+
+def _head_runs(mask: Tensor, groups: int) -> Iterator[tuple[slice, slice]]:
+    """(query heads, key-value heads) of each run of neighbouring key-value heads with the same hull."""
+    if mask.shape[1] == 1:
+        yield slice(None), slice(None)
+        return
+    hulls = [_hull(heads) for heads in mask.split(groups, dim=1)]
+    for _, run in groupby(range(len(hulls)), key=hulls.__getitem__):
+        heads = list(run)
+        first, last = heads[0], heads[-1] + 1
+        yield slice(first * groups, last * groups), slice(first, last)
+
+
+def _hull(mask: Tensor) -> tuple[int, int]:
+    """The first and one past the last key that any query sees."""
+    seen = mask.flatten(0, 2).any(0).nonzero()
+    return int(seen[0]), int(seen[-1]) + 1

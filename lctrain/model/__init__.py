@@ -1,0 +1,1 @@
+"""Building the model: load, stretch its positions, swap its attention, choose what trains."""

@@ -1,0 +1,157 @@
+"""Where attention plugs into transformers: its AttentionInterface and AttentionMaskInterface, nothing else.
+
+Shape legend: B batch, H query heads, K key-value heads, L queries, S keys, D head dim.
+"""
+
+import itertools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+
+from lctrain.attention.base import Layout, MaskedAttention
+from lctrain.errors import InputError
+from lctrain.kernels.base import Kernel, MaskMod, MaskShape
+from lctrain.kernels.choose import choose
+
+log = logging.getLogger(__name__)
+_serial = itertools.count()
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """What transformers knows of a forward's mask. One object per forward and layer type, so what it caches dies with it."""
+
+    batch: int
+    q_length: int
+    kv_length: int
+    q_offset: int
+    kv_offset: int
+    mask_function: Callable[..., Tensor]  # causality, the model's own window, packed documents
+    padding_BS: Tensor | None  # True where a key is a token
+    prepared: dict[Any, Any] = field(default_factory=dict)
+
+    def positions(self, position_ids_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions of queries and keys inside their documents, [B or 1, L] and [B or 1, S]."""
+        if self.padding_BS is not None:
+            kv = (self.padding_BS.cumsum(-1) - 1).clamp(min=0)
+        elif self.q_length == self.kv_length:
+            return position_ids_BL, position_ids_BL
+        else:
+            kv = torch.arange(self.kv_length, device=position_ids_BL.device)[None] + self.kv_offset
+        first = self.q_offset - self.kv_offset
+        return kv[:, first : first + self.q_length], kv
+
+    def combine(self, visible: MaskMod, position_ids_BL: Tensor) -> MaskMod:
+        """`visible` and all that transformers asks for, over indices of this forward."""
+        q_pos, kv_pos = self.positions(position_ids_BL)
+        one_row = q_pos.shape[0] == 1
+        padding, q_offset, kv_offset = self.padding_BS, self.q_offset, self.kv_offset
+
+        def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            row = b * 0 if one_row else b
+            mask = self.mask_function(b, h, q_idx + q_offset, kv_idx + kv_offset)
+            mask = mask & visible(b, h, q_pos[row, q_idx], kv_pos[row, kv_idx])
+            if padding is not None:  # a padding query sees padding, so that no row of the softmax is empty
+                mask = mask & (padding[b, q_idx + (q_offset - kv_offset)] == padding[b, kv_idx])
+            return mask
+
+        return mask_mod
+
+
+@dataclass(frozen=True)
+class _Installed:
+    """One method on one kernel, as the pair of functions that transformers calls."""
+
+    method: MaskedAttention
+    kernel: Kernel
+
+    def make_mask(
+        self,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int = 0,
+        kv_offset: int = 0,
+        mask_function: Callable[..., Tensor] = causal_mask_function,
+        attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> _Mask:
+        """What `AttentionMaskInterface` calls once per forward and layer type."""
+        if attention_mask is not None:
+            attention_mask = None if bool(attention_mask.all()) else attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+        if attention_mask is not None and attention_mask.shape[-1] < kv_length:  # a preallocated cache, not yet filled
+            attention_mask = nn.functional.pad(attention_mask, (0, kv_length - attention_mask.shape[-1]))
+        return _Mask(batch_size, q_length, kv_length, int(q_offset), kv_offset, mask_function, attention_mask)
+
+    def attend(
+        self,
+        module: nn.Module,
+        q_BHLD: Tensor,
+        k_BKSD: Tensor,
+        v_BKSD: Tensor,
+        mask: _Mask,
+        *,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        position_ids: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """What `AttentionInterface` calls in every layer; returns [B, L, H, D]."""
+        if dropout:
+            raise InputError("this attention has no dropout; set attention_dropout to 0 in the model's config")
+        prepared = self._prepared(mask, module, q_BHLD, k_BKSD, position_ids)
+        scaling = q_BHLD.shape[-1] ** -0.5 if scaling is None else scaling
+        out = self.kernel.attend(q_BHLD, k_BKSD, v_BKSD, prepared, scaling=scaling, softcap=softcap)
+        return out.transpose(1, 2), None
+
+    def _prepared(self, mask: _Mask, module: nn.Module, q: Tensor, k: Tensor, position_ids: Tensor | None) -> Any:
+        plain = mask.mask_function is causal_mask_function and mask.padding_BS is None
+        if plain and self.method.plain_causal and mask.q_length == mask.kv_length:
+            return None
+        if position_ids is None:
+            raise InputError(f"{type(module).__name__} hands no position_ids to its attention; lctrain can't mask it")
+        group = self.method.layer_group(module.layer_idx)  # type: ignore[arg-type]
+        if group not in mask.prepared:
+            layout = Layout(
+                length=mask.kv_length,
+                num_attention_heads=q.shape[1],
+                num_key_value_heads=k.shape[1],
+                layer_idx=module.layer_idx,  # type: ignore[arg-type]
+                decoding=mask.q_length != mask.kv_length,
+            )
+            shape = MaskShape(
+                batch=1 if plain and position_ids.shape[0] == 1 else mask.batch,
+                num_heads=q.shape[1] if self.method.heads_differ(layout) else 1,
+                num_key_value_groups=q.shape[1] // k.shape[1],
+                q_length=mask.q_length,
+                kv_length=mask.kv_length,
+                device=q.device,
+                dtype=q.dtype,
+            )
+            mask.prepared[group] = self.kernel.prepare(mask.combine(self.method.visible(layout), position_ids), shape)
+        return mask.prepared[group]
+
+
+def install(model: PreTrainedModel, method: MaskedAttention, kernel: str = "auto") -> None:
+    """Make `model` attend by `method` on `kernel` from its next forward on.
+
+    Registers a name of its own in transformers' interfaces, so models with different methods live side by side.
+    Raises InputError if the kernel can't run, or the model's attention does not go through the interface.
+    """
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    name, chosen = choose(kernel, plain_causal=method.plain_causal, softcap=softcap, device_type=model.device.type)
+    if not getattr(model, "_supports_attention_backend", False) and not getattr(model, "_supports_sdpa", False):
+        raise InputError(f"{type(model).__name__} does not use transformers' attention interface; {method} can't be installed")
+    installed = _Installed(method, chosen)
+    implementation = f"lctrain_{next(_serial)}"
+    AttentionInterface.register(implementation, installed.attend)
+    AttentionMaskInterface.register(implementation, installed.make_mask)
+    model.set_attn_implementation(implementation)
+    log.info("attention: %s on kernel %s", method, name)

@@ -1,0 +1,206 @@
+"""From a folder, a hub id or a bare config to the model that trains."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lctrain.attention.base import MaskedAttention
+from lctrain.errors import InputError
+from lctrain.model.install import install
+from lctrain.model.tuning import Tuning
+from lctrain.rope.base import RopeScheme
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe(ABC):
+    """What to build; nothing is loaded before `build`."""
+
+    attention: MaskedAttention
+    rope: RopeScheme
+    tuning: Tuning
+    sequence_length: int
+    kernel: str
+    dtype: str
+    gradient_checkpointing: bool
+
+    @abstractmethod
+    def base_config(self) -> PreTrainedConfig:
+        """The config as it was published."""
+
+    @abstractmethod
+    def load(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """The weights under `config`."""
+
+    @cached_property
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+
+    def config(self) -> PreTrainedConfig:
+        """The config to train and export with: positions stretched, the window the method asks for."""
+        config = self.base_config()
+        config.use_cache = False
+        self.rope.apply(config, self.sequence_length)
+        replaced = self.attention.adapt_config(config.get_text_config())
+        window = getattr(config.get_text_config(), "sliding_window", None)
+        if replaced or window:
+            log.info("attention: %s", replaced or f"the model's own window of {window} tokens is kept where it has one")
+        return config
+
+    def check(self, lengths: Sequence[int]) -> None:
+        """Refuse, before any weight is read, what can't be trained on rows of these lengths (ascending)."""
+        config = self.config().get_text_config()
+        if not hasattr(config, "num_key_value_heads"):
+            raise InputError(f"{config.model_type} tells no num_key_value_heads; its attention can't be replaced")
+        self.attention.check(config, list(lengths))
+        if len(self.tokenizer) > config.vocab_size:
+            raise InputError(
+                f"the tokenizer knows {len(self.tokenizer)} tokens, the embedding only {config.vocab_size}: "
+                "this tokenizer does not belong to this model"
+            )
+
+    def build(self) -> PreTrainedModel | PeftModel:
+        """Load, install the attention, choose what trains."""
+        model = self.load(self.config())
+        install(model, self.attention, self.kernel)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        tuned = self.tuning.apply(model)
+        trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in tuned.parameters())
+        log.info("parameters: %s, %s trainable (%.2f%%)", f"{total:,}", f"{trainable:,}", 100 * trainable / total)
+        return tuned
+
+    def _dtype(self, config: PreTrainedConfig) -> torch.dtype:
+        dtype = config.dtype or torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise InputError(f"model.dtype={self.dtype} is not a torch dtype; use auto, float32 or bfloat16")
+        return dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedModel(ModelRecipe):
+    """A causal LM from a local folder or a hub id. Weights are safetensors and no code of the folder runs, unless asked.
+
+    `architecture` is the published shape of a hub model, to plan with where the hub is out of reach; a loaded model
+    that differs from it is refused.
+    """
+
+    path: str
+    revision: str
+    use_safetensors: bool
+    trust_remote_code: bool
+    architecture: Mapping[str, Any] | None = field(default=None)
+
+    def base_config(self) -> PreTrainedConfig:
+        if self.architecture is not None and not self._is_local():
+            return AutoConfig.for_model(**self.architecture)
+        self._check_folder()
+        try:
+            return AutoConfig.from_pretrained(self.path, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise InputError(f"model.path={self.path}: {_first_line(error)}") from error
+
+    def load(self, config: PreTrainedConfig) -> PreTrainedModel:
+        self._check_weights()
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                self.path,
+                config=config,
+                dtype=self._dtype(config),
+                revision=self.revision,
+                use_safetensors=self.use_safetensors,
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+            )
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"model.path={self.path}: {_first_line(error)}") from error
+        if info["missing_keys"] or info["mismatched_keys"]:
+            lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+            raise InputError(f"model.path={self.path}: weights missing or of another shape: {', '.join(lacking[:3])} …")
+        for key, value in (self.architecture or {}).items():
+            if key != "model_type" and getattr(config, key, value) != value:
+                raise InputError(f"model.architecture.{key} is {value}, but {self.path} has {getattr(config, key)}")
+        return model  # type: ignore[no-any-return]
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        self._check_folder()
+        try:
+            return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
+                self.path, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(f"model.path={self.path} has no tokenizer that loads: {_first_line(error)}") from error
+
+    def check(self, lengths: Sequence[int]) -> None:
+        self._check_weights()
+        super().check(lengths)
+
+    def _is_local(self) -> bool:
+        return Path(self.path).exists() or self.path.startswith((".", "/", "~")) or self.path.count("/") > 1
+
+    def _check_folder(self) -> None:
+        folder = Path(self.path)
+        if self._is_local() and not (folder / "config.json").is_file():
+            what = "has no config.json" if folder.is_dir() else "does not exist"
+            raise InputError(f"model.path={self.path} {what}; give a folder in Hugging Face format or a hub id")
+
+    def _check_weights(self) -> None:
+        """A folder's safetensors are opened, headers only: a truncated file is found before anything is built."""
+        if not self._is_local():
+            return
+        self._check_folder()
+        shards = sorted(Path(self.path).glob("*.safetensors"))
+        if not shards and (self.use_safetensors or not list(Path(self.path).glob("*.bin"))):
+            raise InputError(f"model.path={self.path} holds no weights in safetensors format")
+        for shard in shards:
+            try:
+                with safe_open(shard, framework="pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{shard} is truncated or not a safetensors file: {_first_line(error)}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScratchModel(ModelRecipe):
+    """Random weights of a given shape, to pretrain. `architecture` holds a transformers config, `model_type` included."""
+
+    architecture: Mapping[str, Any]
+    tokenizer_path: str
+
+    def base_config(self) -> PreTrainedConfig:
+        special = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return AutoConfig.for_model(**{**self.architecture, **special, "vocab_size": len(self.tokenizer)})
+
+    def load(self, config: PreTrainedConfig) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_config(config, dtype=self._dtype(config))  # type: ignore[no-any-return]
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        try:
+            return AutoTokenizer.from_pretrained(self.tokenizer_path)  # type: ignore[no-any-return]
+        except (OSError, ValueError) as error:
+            raise InputError(f"model.tokenizer_path={self.tokenizer_path}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

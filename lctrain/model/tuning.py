@@ -1,0 +1,80 @@
+"""Which parameters train."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from lctrain.errors import InputError
+
+
+class Tuning(ABC):
+    """Sets `requires_grad` of every parameter, and may wrap the model in PEFT's."""
+
+    @abstractmethod
+    def apply(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
+        """The model to train."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullTuning(Tuning):
+    """Every parameter trains."""
+
+    def apply(self, model: PreTrainedModel) -> PreTrainedModel:
+        model.requires_grad_(True)
+        return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleTuning(Tuning):
+    """Parameters whose name holds one of `trainable` train, all others are frozen."""
+
+    trainable: Sequence[str]
+
+    def apply(self, model: PreTrainedModel) -> PreTrainedModel:
+        model.requires_grad_(False)
+        unfreeze(model, self.trainable)
+        return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRATuning(Tuning):
+    """Low-rank adapters (Hu et al., arXiv:2106.09685) by PEFT, and the parameters whose name holds one of `trainable`.
+
+    LongLoRA (arXiv:2309.12307, §3.3) trains the embeddings and norms beside them: `trainable: [embed, norm]`.
+    """
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    target_modules: Sequence[str]
+    trainable: Sequence[str]
+
+    def apply(self, model: PreTrainedModel) -> PeftModel:
+        names = [name for name, _ in model.named_modules()]
+        missing = [target for target in self.target_modules if not any(name.split(".")[-1] == target for name in names)]
+        if missing:
+            raise InputError(f"tuning.target_modules: {type(model).__name__} has no module called {', '.join(missing)}")
+        adapters = LoraConfig(
+            r=self.r,
+            lora_alpha=self.lora_alpha,  # type: ignore[arg-type]
+            lora_dropout=self.lora_dropout,
+            target_modules=list(self.target_modules),
+            task_type="CAUSAL_LM",
+        )
+        tuned = get_peft_model(model, adapters)
+        unfreeze(model, self.trainable)
+        return tuned
+
+
+def unfreeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Train the parameters whose name holds one of `patterns`; InputError for a pattern that matches none."""
+    for pattern in patterns:
+        matched = [p for name, p in model.named_parameters() if pattern in name and ".lora_" not in name]
+        if not matched:
+            raise InputError(f"tuning.trainable: no parameter name holds '{pattern}'")
+        for parameter in matched:
+            parameter.requires_grad_(True)

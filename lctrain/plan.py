@@ -1,0 +1,93 @@
+"""What a run will cost: parameters, FLOPs, memory, told before anything is loaded."""
+
+import time
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from lctrain.attention.base import Layout, MaskedAttention
+
+SAMPLED_QUERIES = 64  # rows of the mask that stand for all when pairs are counted
+
+# Dense bf16 matrix rates of the vendors' datasheets, FLOP/s.
+DATASHEET_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+
+
+def device_peak_flops(device: torch.device) -> float:
+    """The datasheet's dense bf16 rate of a known card; else what a matrix product reaches here, in FLOP/s."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = [rate for card, rate in DATASHEET_FLOPS.items() if card in name]
+    return known[0] if known else _measured_flops(device)
+
+
+@lru_cache(maxsize=1)
+def _measured_flops(device: torch.device) -> float:
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        (matrix @ matrix).sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def visible_keys(method: MaskedAttention, config: PreTrainedConfig, length: int, layer_idx: int) -> float:
+    """Keys that a query of a full row sees on average, over heads; the model's own window counted."""
+    layout = Layout(
+        length=length,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        layer_idx=layer_idx,
+    )
+    visible = method.visible(layout)
+    heads = torch.arange(config.num_attention_heads if method.heads_differ(layout) else 1)[:, None, None]
+    kv = torch.arange(length)
+    window = own_window(config, layer_idx) or length
+    batch = torch.tensor(0)
+
+    def count(query: Tensor) -> float:
+        mask = visible(batch, heads, query, kv) & (kv <= query) & (query - kv < window)
+        return mask.expand(len(heads), 1, length).float().sum(-1).mean().item()
+
+    step = max(1, length // SAMPLED_QUERIES)
+    queries = torch.arange(step // 2, length, step)  # the middle of each stretch: exact for straight lines
+    return sum(count(query) for query in queries[:, None]) / len(queries)
+
+
+def own_window(config: PreTrainedConfig, layer_idx: int) -> int | None:
+    """The sliding window the model itself has in a layer."""
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    return window if window and (types is None or types[layer_idx] == "sliding_attention") else None
+
+
+def training_flops(model: nn.Module, method: MaskedAttention, length: int) -> float:
+    """FLOPs a token needs, forward and backward, at rows of `length`; recomputation is not counted.
+
+    A linear layer with P weights: 2P forward, 2P for the gradient of its input, 2P for that of its weights if they
+    train. Attention over S keys: 4·H·D·S forward and twice that backward.
+    """
+    linear = trained = 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            linear += module.weight.numel()
+            trained += module.weight.numel() * module.weight.requires_grad
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    return 4 * linear + 2 * trained + 3 * attention_flops(config, method, length)
+
+
+def attention_flops(config: Any, method: MaskedAttention, length: int) -> float:
+    """Forward FLOPs per token of all layers' scores and weighted sums."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    groups: dict[Any, float] = {}
+    keys = 0.0
+    for layer in range(config.num_hidden_layers):
+        group = method.layer_group(layer), own_window(config, layer)
+        if group not in groups:
+            groups[group] = visible_keys(method, config, length, layer)
+        keys += groups[group]
+    return 4 * config.num_attention_heads * head_dim * keys

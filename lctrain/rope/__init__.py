@@ -1,0 +1,1 @@
+"""Rotary position schemes: one file each, the transformers config that stretches the positions."""

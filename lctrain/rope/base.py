@@ -1,0 +1,74 @@
+"""What a rotary scheme is: the `rope_parameters` that make transformers compute its frequencies.
+
+transformers owns the arithmetic (fp32 angles, `ROPE_INIT_FUNCTIONS`); the exported model is therefore reproduced by
+plain transformers by construction.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from transformers import PreTrainedConfig
+
+from lctrain.errors import InputError
+
+log = logging.getLogger(__name__)
+
+Factor = float | Literal["auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeContext:
+    """What a scheme may compute from. Lengths in tokens."""
+
+    rope_theta: float
+    dim: int  # rotated dimensions of a head
+    original_max_position_embeddings: int
+    target_length: int
+
+    def scale(self, factor: Factor) -> float:
+        """`auto` is target over original length, at least 1."""
+        if factor == "auto":
+            return max(1.0, self.target_length / self.original_max_position_embeddings)
+        if factor < 1:
+            raise InputError(f"rope.factor must be at least 1 or auto, got {factor}")
+        return float(factor)
+
+
+class RopeScheme(ABC):
+    """One way to stretch the rotary positions of the layers that see globally."""
+
+    keeps_max_position_embeddings: ClassVar[bool] = False  # transformers derives the scheme's lengths from it
+
+    @abstractmethod
+    def parameters(self, context: RopeContext) -> dict[str, Any]:
+        """Entries of `config.rope_parameters` that replace the scheme the model came with."""
+
+    def apply(self, config: PreTrainedConfig, target_length: int) -> None:
+        """Write the scheme into `config`, in place. Models that nest rope per layer type keep it on local layers."""
+        text = config.get_text_config()
+        rope = getattr(text, "rope_parameters", None)
+        if not rope:
+            raise InputError(f"{config.model_type} has no rotary positions to stretch; use rope=none")
+        nested = rope.get("full_attention") if "full_attention" in rope else rope
+        if not isinstance(nested, dict):
+            raise InputError(f"{config.model_type} has no rotary positions on its global layers; use rope=none")
+        if nested.get("rope_type", "default") != "default":
+            log.info("rope: the model's own %s is replaced by %s", nested["rope_type"], self)
+        context = _context(text, nested, target_length)
+        kept = {key: nested[key] for key in ("rope_theta", "partial_rotary_factor") if key in nested}
+        new = kept | self.parameters(context)
+        text.rope_parameters = rope | {"full_attention": new} if nested is not rope else new
+        if not self.keeps_max_position_embeddings:
+            text.max_position_embeddings = max(target_length, context.original_max_position_embeddings)
+
+
+def _context(config: PreTrainedConfig, rope: dict[str, Any], target_length: int) -> RopeContext:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return RopeContext(
+        rope_theta=rope["rope_theta"],
+        dim=int(head_dim * rope.get("partial_rotary_factor", 1.0)),
+        original_max_position_embeddings=rope.get("original_max_position_embeddings") or config.max_position_embeddings,
+        target_length=target_length,
+    )

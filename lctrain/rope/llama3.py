@@ -1,0 +1,25 @@
+"""Llama 3.1's scaling."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lctrain.rope.base import Factor, RopeContext, RopeScheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Scaling(RopeScheme):
+    """Wavelengths beyond original / `low_freq_factor` are interpolated by `factor`, those under original /
+    `high_freq_factor` stay, a ramp lies between (Llama 3.1, arXiv:2407.21783, and its released code)."""
+
+    factor: Factor = "auto"
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def parameters(self, context: RopeContext) -> dict[str, Any]:
+        return {
+            "rope_type": "llama3",
+            "factor": context.scale(self.factor),
+            "low_freq_factor": float(self.low_freq_factor),
+            "high_freq_factor": float(self.high_freq_factor),
+            "original_max_position_embeddings": context.original_max_position_embeddings,
+        }

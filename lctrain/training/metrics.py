@@ -1,0 +1,164 @@
+"""What a run records at every optimizer step, and how a person sees it."""
+
+import json
+import math
+import os
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.optim import Optimizer
+
+from lctrain.errors import RunError
+from lctrain.plan import device_peak_flops, training_flops
+
+REPORT_EVERY_SECONDS = 10.0  # without a terminal
+
+
+class Metrics(Callback):
+    """Loss, perplexity, learning rate, gradient norm, speed, utilisation and memory of each optimizer step.
+
+    Stops the run on a loss or gradient that is not finite, before the optimizer sees it, so the last checkpoint is good.
+    """
+
+    def __init__(self, *, folder: str) -> None:
+        self.history = Path(folder) / "metrics.jsonl"
+        self.last: dict[str, float] = {}
+        self._tokens_seen = 0
+        self._rates: list[float] = []
+        self._loss = 0.0
+        self._grad_norm = 0.0
+        self._step_tokens = 0
+        self._started = 0.0
+        self._peak_flops = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._peak_flops = device_peak_flops(pl_module.device)
+        self._started = time.perf_counter()
+        rows = [row for row in read_history(self.history) if row["step"] <= trainer.global_step]
+        self._tokens_seen = int(rows[-1]["tokens"]) if rows else 0
+        write_aside(self.history, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = time.perf_counter()  # validation is not training time
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        self._grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(self._grad_norm):
+            raise RunError(f"the gradient of step {trainer.global_step + 1} is {self._grad_norm}; nothing was updated")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        accumulate = trainer.accumulate_grad_batches
+        self._loss += outputs["loss"].item()  # Lightning has divided it by the accumulation
+        self._step_tokens += batch["input_ids"].numel() * trainer.world_size
+        if (batch_idx + 1) % accumulate:
+            return
+        now = time.perf_counter()
+        elapsed, self._started = now - self._started, now
+        self._tokens_seen += self._step_tokens
+        self._record(trainer, pl_module, batch["input_ids"].shape[1], elapsed)
+        self._loss, self._step_tokens = 0.0, 0
+
+    def _record(self, trainer: Trainer, module: LightningModule, length: int, elapsed: float) -> None:
+        flops = training_flops(module.model, module.recipe.attention, length) * self._step_tokens
+        self.last = {
+            "loss": self._loss,
+            "perplexity": math.exp(min(self._loss, 80.0)),
+            "sequence_length": length,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "grad_norm": self._grad_norm,
+            "tokens_per_second": self._step_tokens / elapsed,
+            "model_flops_utilization": flops / elapsed / self._peak_flops / trainer.world_size,
+            "peak_memory_gib": peak_memory_gib(),
+            "tokens": self._tokens_seen,
+        }
+        self._rates.append(self.last["tokens_per_second"])
+        for logger in trainer.loggers:
+            logger.log_metrics(self.last, step=trainer.global_step)
+        if trainer.is_global_zero:
+            with self.history.open("a") as history:
+                history.write(json.dumps({"step": trainer.global_step, **self.last}) + "\n")
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The median over this process's steps, so that the first one and pauses don't count; 0 without any."""
+        return statistics.median(self._rates) if self._rates else 0.0
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl; a line cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Replace a file as a whole."""
+    aside = path.with_suffix(".partial")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def peak_memory_gib() -> float:
+    """Most memory this process ever held: on the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+class ProgressBar(Callback):
+    """One line: step, loss, perplexity, tokens/s, sequence length, time left. Without a terminal, a line now and then."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._printed = -math.inf
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        columns = TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
+        self._bar = Progress(*columns, console=Console(), disable=not Console().is_terminal)
+        self._task = self._bar.add_task("first step…", total=trainer.max_steps, completed=trainer.global_step)
+        self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._bar is None or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        last = next(callback for callback in trainer.callbacks if isinstance(callback, Metrics)).last  # type: ignore[attr-defined]
+        line = (
+            f"loss {last['loss']:.3f}  perplexity {last['perplexity']:.2f}  {last['tokens_per_second']:,.0f} tokens/s  "
+            f"length {last['sequence_length']:,}"
+        )
+        self._bar.update(self._task, completed=trainer.global_step, description=line)
+        now, finished = time.monotonic(), trainer.global_step == trainer.max_steps
+        if self._bar.disable and (finished or now - self._printed > REPORT_EVERY_SECONDS):
+            self._printed = now
+            print(f"step {trainer.global_step}/{trainer.max_steps}  {line}  {self._eta(trainer)}", flush=True)
+
+    def _eta(self, trainer: Trainer) -> str:
+        assert self._bar is not None
+        remaining = self._bar.tasks[self._task].time_remaining
+        return f"{remaining / 60:.1f} min left" if remaining is not None else ""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,107 @@
+"""The LightningModule: one model, one objective, exact token-weighted means."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from peft import PeftModel
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel
+
+from lctrain.errors import InputError
+from lctrain.model.head import IGNORED, check_head, hidden_states, token_losses
+from lctrain.model.recipe import ModelRecipe
+from lctrain.training.objective import Objective
+
+NUM_POSITION_BUCKETS = 8
+
+
+class LongContextModule(LightningModule):
+    """Trains what `recipe` builds on `objective`.
+
+    A checkpoint holds the trainable parameters only; the frozen ones come back from where the recipe loads them.
+    """
+
+    model: PreTrainedModel | PeftModel
+
+    def __init__(
+        self,
+        *,
+        recipe: ModelRecipe,
+        objective: Objective,
+        optimizer: Callable[[Iterable[Parameter]], Optimizer],
+        scheduler: Callable[[Optimizer], LRScheduler],
+    ) -> None:
+        super().__init__()
+        self.recipe, self.objective = recipe, objective
+        self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        self._num_valid_tokens = 0  # of this optimizer step, over all ranks
+        self._validation: list[Tensor] = []
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "model"):
+            self.model = self.recipe.build()
+
+    def on_fit_start(self) -> None:
+        self.objective.check(self.device)
+        check_head(self.model)
+        self.model.train()
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """The micro-batch's share of the mean over the valid tokens of the whole optimizer step.
+
+        Lightning divides by the accumulation and data parallelism averages over ranks, so both are multiplied back.
+        """
+        accumulate, world = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        if batch_idx % accumulate == 0:
+            local = torch.tensor(batch["num_valid_tokens"], device=self.device, dtype=torch.float64)
+            total = self.all_gather(local).sum() if world > 1 else local
+            self._num_valid_tokens = max(int(total), 1)
+        return self.objective(self.model, batch) * (accumulate * world / self._num_valid_tokens)
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = []
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Sums and counts of the losses per bucket of positions in the document."""
+        hidden = hidden_states(self.model, batch["input_ids"], batch["position_ids"])
+        losses_N = token_losses(self.model, hidden, batch["labels"])[1]
+        valid = batch["labels"] != IGNORED
+        buckets_N = batch["position_ids"][valid] * NUM_POSITION_BUCKETS // batch["input_ids"].shape[1]
+        sums = torch.zeros(2, NUM_POSITION_BUCKETS, dtype=torch.float64, device=losses_N.device)
+        sums[0].index_add_(0, buckets_N, losses_N.double())
+        sums[1].index_add_(0, buckets_N, torch.ones_like(losses_N, dtype=torch.float64))
+        self._validation.append(sums)
+
+    def on_validation_epoch_end(self) -> None:
+        """Perplexity overall and by position; buckets are equal shares of the row."""
+        if not self._validation:
+            return
+        sums = torch.stack(self._validation).sum(0)
+        sums = self.all_gather(sums).sum(0) if self.trainer.world_size > 1 else sums
+        length = self.recipe.sequence_length // NUM_POSITION_BUCKETS
+        metrics = {"validation/perplexity": (sums[0].sum() / sums[1].sum()).exp().item()}
+        for bucket in sums[1].nonzero().flatten().tolist():
+            mean = sums[0, bucket] / sums[1, bucket]
+            metrics[f"validation/perplexity_{bucket * length}-{(bucket + 1) * length}"] = mean.exp().item()
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.trainer.global_step)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"}}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
+        if trainable != state_dict.keys():
+            differ = sorted(trainable ^ state_dict.keys())
+            raise InputError(f"the checkpoint was written with another tuning: {len(differ)} parameters differ, e.g. {differ[0]}")
+        return super().load_state_dict(state_dict, strict=False, assign=assign)

@@ -1,0 +1,55 @@
+"""What is minimised."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lctrain.errors import InputError
+from lctrain.model.head import IGNORED, hidden_states, softcap, token_losses, unwrap
+
+log = logging.getLogger(__name__)
+
+
+class Objective(ABC):
+    """A sum over valid tokens, so that the mean over a whole optimizer step is exact however the step is divided."""
+
+    def check(self, device: torch.device) -> None:
+        """Raise InputError if the objective can't run there."""
+
+    @abstractmethod
+    def __call__(self, model: PreTrainedModel | PeftModel, batch: Mapping[str, Any]) -> Tensor:
+        """The sum of the losses of a micro-batch's valid tokens, fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLM(Objective):
+    """Next-token cross-entropy. `loss` is tiled (any device), liger (CUDA, fused kernels) or auto."""
+
+    loss: Literal["auto", "tiled", "liger"]
+
+    def check(self, device: torch.device) -> None:
+        if self.loss not in ("auto", "tiled", "liger"):
+            raise InputError(f"objective.loss={self.loss} is none of auto, tiled, liger")
+        if self.loss == "liger" and (device.type != "cuda" or find_spec("liger_kernel") is None):
+            raise InputError("objective.loss=liger needs CUDA and liger-kernel (pip install 'lctrain[gpu]')")
+
+    def __call__(self, model: PreTrainedModel | PeftModel, batch: Mapping[str, Any]) -> Tensor:
+        hidden_BLD = hidden_states(model, batch["input_ids"], batch["position_ids"])
+        use_liger = self.loss == "liger" or (self.loss == "auto" and hidden_BLD.is_cuda and find_spec("liger_kernel"))
+        return _liger(model, hidden_BLD, batch["labels"]) if use_liger else token_losses(model, hidden_BLD, batch["labels"])[0]
+
+
+def _liger(model: PreTrainedModel | PeftModel, hidden_BLD: Tensor, labels_BL: Tensor) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # needs triton
+
+    head = unwrap(model).get_output_embeddings()
+    fused = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, reduction="sum", softcap=softcap(model))
+    return fused(head.weight, hidden_BLD.flatten(0, 1), labels_BL.flatten(), head.bias)  # type: ignore[no-any-return]

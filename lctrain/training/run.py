@@ -1,0 +1,94 @@
+"""One training run: everything comes instantiated from the config, in the order in which it can be refused cheaply."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning
+from hydra.utils import instantiate
+from lightning import Trainer
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+
+from lctrain.config import dump, public
+from lctrain.errors import InputError
+from lctrain.folder import RunFolder
+from lctrain.training.metrics import Metrics, read_history
+
+# What may change between a run and its continuation without changing what step N computes.
+FREE_TO_CHANGE = ("run_dir", "resume", "logger", "callbacks", "evaluation", "evaluation_attention", "trainer", "hydra")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a run leaves behind beside its folder."""
+
+    steps: int
+    tokens_per_second: float
+    history: list[dict[str, float]]
+    loggers: list[Logger]
+    is_global_zero: bool
+
+
+def train(cfg: DictConfig) -> Trained:
+    """Train as `cfg` says, into `cfg.run_dir`.
+
+    Raises InputError before anything is written, RunError when the run could not go on.
+    """
+    folder = RunFolder(cfg.run_dir)
+    checkpoint = folder.resume_from(cfg.resume)
+    _check_resume(cfg, folder)
+    if str(cfg.trainer.precision) not in ("32-true", "bf16-mixed", "32"):
+        raise InputError(f"trainer.precision={cfg.trainer.precision} would cast the rotary tables too; set model.dtype instead")
+    lightning.seed_everything(cfg.seed, verbose=False)
+    module = instantiate(cfg.module, _convert_="all")
+    datamodule = instantiate(cfg.datamodule, tokenizer=module.recipe.tokenizer, _convert_="all")
+    module.recipe.check(datamodule.curriculum.lengths())
+    trainer: Trainer = instantiate(
+        cfg.trainer,
+        default_root_dir=cfg.run_dir,
+        callbacks=list(instantiate(cfg.callbacks, _convert_="all").values()),
+        logger=False,
+        _convert_="all",
+    )
+    datamodule.trainer = trainer
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    folder.acquire()
+    folder.config.write_text(dump(cfg))
+    trainer.loggers = _loggers(cfg)
+    trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+    metrics = next(callback for callback in trainer.callbacks if isinstance(callback, Metrics))  # type: ignore[attr-defined]
+    return Trained(
+        steps=trainer.global_step,
+        tokens_per_second=metrics.tokens_per_second,
+        history=read_history(metrics.history),
+        loggers=trainer.loggers,
+        is_global_zero=trainer.is_global_zero,
+    )
+
+
+def _loggers(cfg: DictConfig) -> list[Logger]:
+    if not cfg.logger:
+        return []
+    logger: Logger = instantiate(cfg.logger, _convert_="all")
+    logger.log_hyperparams(public(cfg))
+    return [logger]
+
+
+def _check_resume(cfg: DictConfig, folder: RunFolder) -> None:
+    """A continued run must compute what the first one would have."""
+    if cfg.resume != "auto" or not folder.config.exists():
+        return
+    before, now = (_flat(OmegaConf.to_container(c)) for c in (OmegaConf.load(folder.config), OmegaConf.create(dump(cfg))))
+    for key in sorted(before.keys() | now.keys()):
+        if key.split(".")[0] not in FREE_TO_CHANGE and before.get(key) != now.get(key):
+            raise InputError(
+                f"resume=auto: {key} was {before.get(key)} when {folder.path} began and is {now.get(key)} now; "
+                "keep it, or start another run_dir from the checkpoint's path"
+            )
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for key, child in node.items() for k, v in _flat(child, f"{prefix}.{key}" if prefix else key).items()}

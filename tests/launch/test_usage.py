@@ -1,0 +1,57 @@
+"""Help is instant, complete and true."""
+
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from omegaconf import OmegaConf
+
+from launch.usage import VERBS, overview, usage
+from lctrain import config
+
+
+def test_overview_names_every_verb():
+    assert all(f"\n  {verb} " in overview() for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_usage_lists_every_group_choice_and_option(verb):
+    text = usage(verb)
+    for group, (default, choices) in config.groups(verb).items():
+        assert group in text
+        assert default is None or f"{default}*" in text
+        assert all(choice in text for choice in choices)
+    options = set(OmegaConf.load(config.conf_dir() / f"{verb}.yaml")) - {"defaults", "hydra"}
+    assert options
+    assert all(f"\n  {option}:" in text for option in options)
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_groups_are_those_that_compose(verb):
+    assert all(config.compose(verb).get(group) is not None for group in config.groups(verb) if group != "experiment")
+
+
+def test_examples_compose(subtests):
+    for verb in VERBS:
+        for line in usage(verb).splitlines():
+            if line.startswith(f"  lctrain {verb} ") and "…" not in line:
+                words = re.sub(r"<[^>]*>", "somewhere", line).split()[2:]
+                with subtests.test(line):
+                    config.compose(verb, [word for word in words if "=" in word])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["plan", "-h"]])
+def test_help_is_instant_and_imports_nothing_heavy(arguments, tmp_path):
+    code = (
+        "import sys; from launch.main import main; main();"
+        "print(sorted({'torch', 'hydra', 'lightning', 'transformers'} & set(sys.modules)), file=sys.stderr)"
+    )
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert time.perf_counter() - start < 1
+    assert done.stderr == "[]\n"
