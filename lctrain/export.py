@@ -16,14 +16,14 @@ RECIPE = "lctrain.yaml"  # the resolved config of the run, in every exported fol
 
 def main(cfg: DictConfig) -> None:
     """`lctrain export`."""
-    print(f"exported to {export(cfg.run_dir, cfg.checkpoint, cfg.output)}")
+    print(f"exported to {export(cfg.run_dir, cfg.checkpoint, cfg.output, cfg.dtype)}")
 
 
-def export(run_dir: str, checkpoint: str, output: str) -> Path:
+def export(run_dir: str, checkpoint: str, output: str, dtype: str = "auto") -> Path:
     """Merge the adapters of a checkpoint (a path, or auto for the newest whole one) into `output`; returns it.
 
     The folder holds safetensors, the config with the stretched positions, the tokenizer, and a README with the recipe.
-    It is written beside its final name and renamed. Raises InputError where there is nothing to export.
+    Weights keep the dtype they were trained in, unless `dtype` names another. It is written beside its final name and renamed. Raises InputError where there is nothing to export.
     """
     folder, target = RunFolder(run_dir), Path(output)
     if not folder.config.is_file():
@@ -42,6 +42,8 @@ def export(run_dir: str, checkpoint: str, output: str) -> Path:
     model.load_state_dict(weights, strict=False)
     merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
     merged.config.use_cache = True
+    if dtype != "auto":
+        merged.to(getattr(torch, dtype))
     aside = target.with_name(target.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     merged.save_pretrained(aside)

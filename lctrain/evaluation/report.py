@@ -5,12 +5,14 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import wandb
 from rich.table import Table
 
 from lctrain.evaluation.pictures import Results, Row, draw, tokens
+
+if TYPE_CHECKING:
+    import wandb
 
 FORMATS = {"perplexity": "{:,.2f}", "passkey": "{:.0%}"}
 PACKAGES = ("lctrain", "torch", "transformers", "lightning", "peft", "datasets", "deepspeed")
@@ -76,8 +78,10 @@ def table(results: Results) -> Table:
     return shown
 
 
-def log_media(run: wandb.Run, folder: Path, results: Results) -> None:
+def log_media(run: "wandb.Run", folder: Path, results: Results) -> None:
     """Put the table, and the pictures that `write_report` left in `folder`, into a W&B run."""
+    import wandb  # only where W&B is the logger
+
     headings, cells = rows(results)
     images = {f"evaluation/{path.stem}": wandb.Image(str(path)) for path in sorted(folder.glob("*.png"))}
     run.log({"evaluation/by_length": wandb.Table(columns=[*headings], data=cells), **images})
