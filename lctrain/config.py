@@ -89,7 +89,7 @@ def dump(cfg: DictConfig) -> str:
 def groups(verb: str) -> dict[str, tuple[str | None, list[str]]]:
     """Group → (default choice, all choices) of conf/<verb>.yaml, read from the files alone."""
     found: dict[str, tuple[str | None, list[str]]] = {}
-    for entry in OmegaConf.load(conf_dir() / f"{verb}.yaml").get("defaults", []):
+    for entry in OmegaConf.select(OmegaConf.load(conf_dir() / f"{verb}.yaml"), "defaults", default=[]):
         if isinstance(entry, str):
             found |= {} if entry == "_self_" else groups(entry)
             continue

@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import count
 from typing import TypeAlias
 
 import numpy as np
@@ -129,19 +128,18 @@ class WholePacking(Packing):
         """The rows of the whole step, and how many documents have been passed after it."""
         rooms = self._rooms(self.length_at(step))
         rows: list[Row] = [[] for _ in rooms]
-        longest, at = max(rooms), 0
-        for number in count(self._starts[step]):
+        longest, at, number = max(rooms), 0, self._starts[step]
+        while True:
             epoch, i = divmod(number, len(self.documents))
             document = int(self.epoch(epoch)[0][i])
             size = int(self.lengths[document])
-            if size > longest:
-                continue
-            at = next((row for row in range(at, len(rooms)) if rooms[row] >= size), len(rooms))
-            if at == len(rooms):
-                return rows, number
-            rows[at].append((document, 0, size))
-            rooms[at] -= size
-        raise AssertionError("count() ended")
+            if size <= longest:
+                at = next((row for row in range(at, len(rooms)) if rooms[row] >= size), len(rooms))
+                if at == len(rooms):
+                    return rows, number
+                rows[at].append((document, 0, size))
+                rooms[at] -= size
+            number += 1
 
     def _rooms(self, length: int) -> list[int]:
         """Tokens that each row of a step can take: the last of a micro-batch gets what is left of it."""
