@@ -2,9 +2,12 @@
 
   overhead   tokens/s of `lctrain train` against a plain PyTorch loop on the same model, batch and attention
 
+Prints a table and writes overhead.json into run_dir. Takes every group and option of `lctrain train`.
+
 examples:
   lctrain benchmark overhead
-  lctrain benchmark overhead run_dir=runs/overhead
+  lctrain benchmark overhead run_dir=runs/overhead num_steps=50 num_repeats=5 sequence_length=2048
+  lctrain benchmark overhead model=pretrained model.path=<folder or hub id>
 """
 
 from omegaconf import DictConfig

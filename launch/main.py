@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from launch.exit_codes import exit_codes
+from launch.quiet import quiet
 from launch.usage import VERBS, overview, usage
 from lctrain import __version__, config
 from lctrain.errors import InputError
@@ -38,6 +39,7 @@ def _compose_and_run(verb: str, overrides: list[str]) -> None:
         sys.argv = command  # whole again for those who start this program anew, one process per device
         with exit_codes(verb, overrides):
             config.check(cfg)
+            quiet()
             module.run(cfg)
 
     config.register_resolvers()

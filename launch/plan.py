@@ -1,11 +1,12 @@
 """Say what a training run will cost, before it costs anything.
 
-Prints parameters, trainable ones, tokens, memory by part (weights, gradients, optimizer, activations, logits,
-attention) per device, and FLOPs, and whether it fits. Touches no GPU and loads no weights. Takes every group and
-option of `lctrain train`.
+Prints parameters, trainable ones, tokens, FLOPs by row length, the memory of a device by part (weights, gradients,
+optimizer, activations, attention, loss, backward), and whether it fits. Touches no GPU, loads no weights and needs no
+network where model.architecture tells the shape. Takes every group and option of `lctrain train`.
 
 examples:
   lctrain plan experiment=demo
+  lctrain plan experiment=longlora_7b_100k device_memory=80
   lctrain plan experiment=demo sequence_length=65536 attention=shifted_sparse device_memory=80 num_devices=8
 """
 
@@ -13,6 +14,6 @@ from omegaconf import DictConfig
 
 
 def run(cfg: DictConfig) -> None:
-    from lctrain.plan import main
+    from lctrain.plan.run import main
 
     main(cfg)

@@ -30,15 +30,17 @@ def export(run_dir: str, checkpoint: str, output: str, dtype: str = "auto") -> P
         raise InputError(f"run_dir={run_dir} holds no config.yaml; give the folder of a training run")
     if target.exists() and not (target / RECIPE).is_file():
         raise InputError(f"output={output} exists and is not an earlier export; move it away or choose another")
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InputError(f"dtype={dtype} is not a torch dtype; use auto, float32 or bfloat16")
     path = _checkpoint(folder, checkpoint)
     cfg = OmegaConf.load(folder.config)
     recipe = instantiate(cfg.model, _convert_="all")
     model = recipe.build()
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-    unknown = weights.keys() - dict(model.named_parameters()).keys()
-    if unknown:
-        raise InputError(f"{path} does not belong to {folder.config}: it holds {sorted(unknown)[0]}")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if differ := sorted(trained ^ weights.keys()):
+        raise InputError(f"{path} does not belong to {folder.config}: only one of them has {differ[0]}")
     model.load_state_dict(weights, strict=False)
     merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
     merged.config.use_cache = True

@@ -18,6 +18,8 @@ class ShiftedSparseAttention(MaskedAttention):
     Deviations: the published code rolls the sequence, so its last half group attends into the first tokens; here the
     first and last half groups stand alone. With grouped-query attention the shifted half is the second half of the
     key-value heads and of the query heads that share them. Groups are counted inside each packed document.
+    A ratio of 1 is full attention; a size in tokens means the same groups whatever the length, so that decoding and
+    packing see what one pass over the document sees.
     """
 
     group_size_ratio: float | None = 0.25
@@ -33,9 +35,9 @@ class ShiftedSparseAttention(MaskedAttention):
     def visible(self, layout: Layout) -> MaskMod:
         if layout.decoding and self.group_size is None:
             raise InputError("attention.group_size_ratio has no meaning while decoding; set attention.group_size")
-        size = self._size(layout.length)
-        if size == layout.length:  # one group: the shifted heads have nothing to bridge
+        if self.group_size_ratio == 1:  # one group: the shifted heads have nothing to bridge
             return lambda b, h, q_pos, kv_pos: kv_pos <= q_pos
+        size = self._size(layout.length)
         first_shifted = layout.num_attention_heads // 2
 
         def same_group(b, h, q_pos, kv_pos):  # type: ignore[no-untyped-def]
@@ -52,17 +54,17 @@ class ShiftedSparseAttention(MaskedAttention):
             )
         for length in lengths:
             size = length * self.group_size_ratio if self.group_size_ratio is not None else self.group_size
-            if size != int(size) or length % int(size) or (size < length and int(size) % 2):
+            if size != int(size) or length % int(size) or (self.group_size_ratio != 1 and int(size) % 2):
                 raise InputError(
                     f"a sequence of {length} tokens is not divisible into even groups of {size:g}; "
                     "change attention.group_size_ratio, attention.group_size or the sequence lengths"
                 )
 
     def heads_differ(self, layout: Layout) -> bool:
-        return self._size(layout.length) < layout.length
+        return self.group_size_ratio != 1
 
     def _size(self, length: int) -> int:
         if self.group_size is not None:
-            return min(self.group_size, length)
+            return self.group_size
         assert self.group_size_ratio is not None
         return max(2, int(length * self.group_size_ratio))

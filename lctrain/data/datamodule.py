@@ -65,14 +65,11 @@ class LongContextData(lightning.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Maps the cache and refuses a corpus that leaves nothing to train on or nothing held out."""
         train, heldout = self.train_documents, self.unseen_documents
-        lengths = self.table.lengths
         if not len(heldout) or not len(train):
             raise InputError(
-                f"of {len(lengths)} documents {len(train)} are left to train on and {len(heldout)} are held out; "
+                f"of {len(self.table.lengths)} documents {len(train)} are left to train on and {len(heldout)} are held out; "
                 f"give more documents or change datamodule.heldout_fraction={self.heldout_fraction}"
             )
-        logger.info("%d documents, %d tokens to train on", len(train), lengths[train].sum())
-        logger.info("%d documents, %d tokens held out", len(heldout), lengths[heldout].sum())
         if stage == "fit":
             self.packer.length_at(0)  # refuses now what it cannot pack
 
@@ -139,6 +136,8 @@ class LongContextData(lightning.LightningDataModule):
     @cached_property
     def packer(self) -> Packing:
         """Says which tokens each micro-batch is made of."""
+        for documents, use in ((self.train_documents, "to train on"), (self.unseen_documents, "held out")):
+            logger.info("%d documents, %d tokens %s", len(documents), self.table.lengths[documents].sum(), use)
         return PACKINGS[self.packing](
             documents=self.train_documents,
             lengths=self.table.lengths,

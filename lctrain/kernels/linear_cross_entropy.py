@@ -20,15 +20,16 @@ class _TiledLinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
         wanted = ctx.needs_input_grad[:3]
+        dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         d_hidden = torch.zeros_like(hidden_ND) if wanted[0] else None
-        d_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted[1] else None
-        d_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wanted[2] and bias_V is not None else None
-        losses_N = torch.zeros(labels_N.shape, dtype=torch.promote_types(hidden_ND.dtype, torch.float32), device=hidden_ND.device)
+        d_weight = torch.zeros_like(weight_VD, dtype=dtype) if wanted[1] else None
+        d_bias = torch.zeros_like(bias_V, dtype=dtype) if wanted[2] and bias_V is not None else None
+        losses_N = torch.zeros(labels_N.shape, dtype=dtype, device=hidden_ND.device)
         tile = max(1, MAX_LOGITS // weight_VD.shape[0])
         for start in range(0, labels_N.numel(), tile):
             rows = slice(start, start + tile)
             hidden, labels = hidden_ND[rows], labels_N[rows]
-            logits, slope = _cap(F.linear(hidden, weight_VD, bias_V).to(losses_N.dtype), softcap)
+            logits, slope = _cap(F.linear(hidden, weight_VD, bias_V).to(dtype), softcap)
             log_normalizer = logits.logsumexp(-1, keepdim=True)
             losses_N[rows] = (log_normalizer - logits.gather(-1, labels[:, None])).squeeze(-1)
             if not any(wanted):
@@ -69,5 +70,7 @@ def linear_cross_entropy(
 
     Labels must be valid ids: drop ignored tokens first. Computes in fp32, or fp64 for fp64 inputs.
     """
+    if not torch.is_grad_enabled():  # which needs_input_grad does not know: spare the gradients
+        hidden_ND, weight_VD, bias_V = hidden_ND.detach(), weight_VD.detach(), None if bias_V is None else bias_V.detach()
     losses: tuple[Tensor, Tensor] = _TiledLinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N, softcap)  # type: ignore[no-untyped-call]
     return losses

@@ -21,6 +21,7 @@ from lctrain.kernels.choose import choose
 
 log = logging.getLogger(__name__)
 _serial = itertools.count()
+_SCORE_TERMS = ("s_aux", "sinks", "position_bias", "indices", "block_indices")  # learned sinks, biases, chosen keys
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,13 @@ class _Mask:
     kv_offset: int
     mask_function: Callable[..., Tensor]  # causality, the model's own window, packed documents
     padding_BS: Tensor | None  # True where a key is a token
+    positions_BS: Tensor | None  # of keys among the row's tokens; given with padding
     prepared: dict[Any, Any] = field(default_factory=dict)
 
     def positions(self, position_ids_BL: Tensor) -> tuple[Tensor, Tensor]:
         """Positions of queries and keys inside their documents, [B or 1, L] and [B or 1, S]."""
-        if self.padding_BS is not None:
-            kv = (self.padding_BS.cumsum(-1) - 1).clamp(min=0)
+        if self.positions_BS is not None:
+            kv = self.positions_BS
         elif self.q_length == self.kv_length:
             return position_ids_BL, position_ids_BL
         else:
@@ -83,11 +85,13 @@ class _Installed:
         **_: Any,
     ) -> _Mask:
         """What `AttentionMaskInterface` calls once per forward and layer type."""
-        if attention_mask is not None:
-            attention_mask = None if bool(attention_mask.all()) else attention_mask[:, kv_offset : kv_offset + kv_length].bool()
-        if attention_mask is not None and attention_mask.shape[-1] < kv_length:  # a preallocated cache, not yet filled
-            attention_mask = nn.functional.pad(attention_mask, (0, kv_length - attention_mask.shape[-1]))
-        return _Mask(batch_size, q_length, kv_length, int(q_offset), kv_offset, mask_function, attention_mask)
+        padding = positions = None
+        if attention_mask is not None and not bool(attention_mask.all()):
+            unfilled = max(0, kv_offset + kv_length - attention_mask.shape[-1])  # of a preallocated cache
+            tokens = nn.functional.pad(attention_mask.bool(), (0, unfilled))
+            keys = slice(kv_offset, kv_offset + kv_length)  # a cache with a window has dropped those before
+            padding, positions = tokens[:, keys], (tokens.cumsum(-1) - 1).clamp(min=0)[:, keys]
+        return _Mask(batch_size, q_length, kv_length, int(q_offset), kv_offset, mask_function, padding, positions)
 
     def attend(
         self,
@@ -101,9 +105,11 @@ class _Installed:
         scaling: float | None = None,
         softcap: float | None = None,
         position_ids: Tensor | None = None,
-        **_: Any,
+        **extra: Any,
     ) -> tuple[Tensor, None]:
         """What `AttentionInterface` calls in every layer; returns [B, L, H, D]."""
+        if unknown := [name for name in _SCORE_TERMS if extra.get(name) is not None]:
+            raise InputError(f"{type(module).__name__} needs {unknown[0]} in its softmax, which no kernel here computes")
         if dropout:
             raise InputError("this attention has no dropout; set attention_dropout to 0 in the model's config")
         prepared = self._prepared(mask, module, q_BHLD, k_BKSD, position_ids)
@@ -147,11 +153,11 @@ def install(model: PreTrainedModel, method: MaskedAttention, kernel: str = "auto
     """
     softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     name, chosen = choose(kernel, plain_causal=method.plain_causal, softcap=softcap, device_type=model.device.type)
-    if not getattr(model, "_supports_attention_backend", False) and not getattr(model, "_supports_sdpa", False):
-        raise InputError(f"{type(model).__name__} does not use transformers' attention interface; {method} can't be installed")
     installed = _Installed(method, chosen)
     implementation = f"lctrain_{next(_serial)}"
     AttentionInterface.register(implementation, installed.attend)
     AttentionMaskInterface.register(implementation, installed.make_mask)
     model.set_attn_implementation(implementation)
+    if model.config.get_text_config()._attn_implementation != implementation:
+        raise InputError(f"{type(model).__name__} does not use transformers' attention interface; {method} can't be installed")
     log.info("attention: %s on kernel %s", method, name)

@@ -67,15 +67,20 @@ class ModelRecipe(ABC):
 
     def check(self, lengths: Sequence[int]) -> None:
         """Refuse, before any weight is read, what can't be trained on rows of these lengths (ascending)."""
-        config = self.config().get_text_config()
-        if not hasattr(config, "num_key_value_heads"):
-            raise InputError(f"{config.model_type} tells no num_key_value_heads; its attention can't be replaced")
-        self.attention.check(config, list(lengths))
+        config = self.check_attention(lengths)
         if len(self.tokenizer) > config.vocab_size:
             raise InputError(
                 f"the tokenizer knows {len(self.tokenizer)} tokens, the embedding only {config.vocab_size}: "
                 "this tokenizer does not belong to this model"
             )
+
+    def check_attention(self, lengths: Sequence[int]) -> PreTrainedConfig:
+        """The part of `check` that needs the config alone, which it returns."""
+        config = self.config().get_text_config()
+        if not hasattr(config, "num_key_value_heads"):
+            raise InputError(f"{config.model_type} tells no num_key_value_heads; its attention can't be replaced")
+        self.attention.check(config, list(lengths))
+        return config
 
     def build(self) -> PreTrainedModel | PeftModel:
         """Load, install the attention, choose what trains."""
@@ -89,7 +94,8 @@ class ModelRecipe(ABC):
         log.info("parameters: %s, %s trainable (%.2f%%)", f"{total:,}", f"{trainable:,}", 100 * trainable / total)
         return tuned
 
-    def _dtype(self, config: PreTrainedConfig) -> torch.dtype:
+    def torch_dtype(self, config: PreTrainedConfig) -> torch.dtype:
+        """What `dtype` means for a model of this config."""
         dtype = config.dtype or torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise InputError(f"model.dtype={self.dtype} is not a torch dtype; use auto, float32 or bfloat16")
@@ -125,7 +131,7 @@ class PretrainedModel(ModelRecipe):
             model, info = AutoModelForCausalLM.from_pretrained(
                 self.path,
                 config=config,
-                dtype=self._dtype(config),
+                dtype=self.torch_dtype(config),
                 revision=self.revision,
                 use_safetensors=self.use_safetensors,
                 trust_remote_code=self.trust_remote_code,
@@ -192,7 +198,7 @@ class ScratchModel(ModelRecipe):
         return AutoConfig.for_model(**{**self.architecture, **special, "vocab_size": len(self.tokenizer)})
 
     def load(self, config: PreTrainedConfig) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_config(config, dtype=self._dtype(config))  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_config(config, dtype=self.torch_dtype(config))  # type: ignore[no-any-return]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -66,6 +67,8 @@ class LoRATuning(Tuning):
             task_type="CAUSAL_LM",
         )
         tuned = get_peft_model(model, adapters)
+        if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+            raise InputError("tuning.target_modules: the tiled loss knows no adapter on the output head; put it in tuning.trainable")
         unfreeze(model, self.trainable)
         return tuned
 

@@ -31,7 +31,7 @@ class RopeContext:
         """`auto` is target over original length, at least 1."""
         if factor == "auto":
             return max(1.0, self.target_length / self.original_max_position_embeddings)
-        if factor < 1:
+        if not isinstance(factor, int | float) or factor < 1:
             raise InputError(f"rope.factor must be at least 1 or auto, got {factor}")
         return float(factor)
 
@@ -60,8 +60,8 @@ class RopeScheme(ABC):
         kept = {key: nested[key] for key in ("rope_theta", "partial_rotary_factor") if key in nested}
         new = kept | self.parameters(context)
         text.rope_parameters = rope | {"full_attention": new} if nested is not rope else new
-        if not self.keeps_max_position_embeddings:
-            text.max_position_embeddings = max(target_length, context.original_max_position_embeddings)
+        original = context.original_max_position_embeddings
+        text.max_position_embeddings = original if self.keeps_max_position_embeddings else max(target_length, original)
 
 
 def _context(config: PreTrainedConfig, rope: dict[str, Any], target_length: int) -> RopeContext:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from lctrain.errors import InputError
 from lctrain.rope.base import Factor, RopeContext, RopeScheme
 
 
@@ -14,6 +15,13 @@ class Llama3Scaling(RopeScheme):
     factor: Factor = "auto"
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise InputError(
+                "rope.high_freq_factor must be above rope.low_freq_factor, "
+                f"got {self.high_freq_factor} and {self.low_freq_factor}"
+            )
 
     def parameters(self, context: RopeContext) -> dict[str, Any]:
         return {

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from lctrain.errors import InputError
 from lctrain.rope.base import Factor, RopeContext, RopeScheme
 
 
@@ -19,6 +20,10 @@ class YaRN(RopeScheme):
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta_slow < self.beta_fast:
+            raise InputError(f"rope.beta_fast must be above rope.beta_slow, got {self.beta_fast} and {self.beta_slow}")
 
     def parameters(self, context: RopeContext) -> dict[str, Any]:
         parameters = {

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lctrain.errors import InputError, RunError
 
@@ -27,8 +28,12 @@ class Checkpoint(Callback):
     def __init__(
         self, *, folder: str, every_num_steps: int | None, every_num_minutes: float | None, num_kept: int
     ) -> None:
-        if num_kept < 1:
-            raise InputError(f"callbacks.checkpoint.num_kept must be at least 1, got {num_kept}")
+        limits = {"num_kept": num_kept, "every_num_steps": every_num_steps}
+        for name, value in limits.items():
+            if value is not None and value < 1:
+                raise InputError(f"callbacks.checkpoint.{name} must be at least 1, got {value}")
+        if every_num_minutes is not None and every_num_minutes <= 0:
+            raise InputError(f"callbacks.checkpoint.every_num_minutes must be positive or null, got {every_num_minutes}")
         self.folder = Path(folder)
         self.every_num_steps, self.every_num_minutes, self.num_kept = every_num_steps, every_num_minutes, num_kept
         self.stopped_by: str | None = None
@@ -37,10 +42,11 @@ class Checkpoint(Callback):
         self._rng: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+        trainer.strategy.checkpoint_io = DirectCheckpointIO()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for number in SIGNALS:  # in place of Lightning's, which end the run without a checkpoint; it restores the old ones
+            signal.signal(number, self._on_signal)
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
         if self._rng is not None:
             restore_rng(self._rng)
@@ -54,10 +60,16 @@ class Checkpoint(Callback):
         minutes = (time.monotonic() - self._saved_at) / 60
         due = self.every_num_steps is not None and step % self.every_num_steps == 0
         due |= self.every_num_minutes is not None and minutes >= self.every_num_minutes
-        if due or self.stopped_by or step == trainer.max_steps:
+        stopped = self._agree(trainer, self.stopped_by is not None)
+        if stopped or step == trainer.max_steps or self._agree(trainer, due):
             self.save(trainer)
-        if self.stopped_by:
-            raise RunError(f"stopped by {self.stopped_by} after step {step}; go on with resume=auto")
+        if stopped:
+            raise RunError(f"stopped by {self.stopped_by or 'another rank'} after step {step}; go on with resume=auto")
+
+    @staticmethod
+    def _agree(trainer: Trainer, decision: bool) -> bool:
+        """What any rank wants: clocks and signals differ between them, and a checkpoint is written together."""
+        return trainer.strategy.reduce_boolean_decision(decision, all=False)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rng": rng_state()}
@@ -71,19 +83,38 @@ class Checkpoint(Callback):
         final = self.folder / f"step-{trainer.global_step:08d}.ckpt"
         aside = final.with_suffix(".partial")
         try:
-            trainer.save_checkpoint(aside)
-            with aside.open("rb") as written:
-                os.fsync(written.fileno())
-            os.replace(aside, final)
+            trainer.save_checkpoint(aside, weights_only=False)
+            if trainer.is_global_zero:
+                os.replace(aside, final)
         except OSError as error:
             aside.unlink(missing_ok=True)
-            raise RunError(f"checkpoint of step {trainer.global_step} could not be written to {self.folder}: {error}") from error
+            message = f"checkpoint of step {trainer.global_step} could not be written to {self.folder}: {error}"
+            raise RunError(message) from error
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
-        for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.num_kept]:
-            old.unlink()
+        if trainer.is_global_zero:  # a later one is a broken one that was skipped: it must not count as kept
+            for old in [path for path in self.written() if path <= final][: -self.num_kept]:
+                old.unlink()
+
+    def written(self) -> list[Path]:
+        """Oldest to newest."""
+        return sorted(self.folder.glob("step-*.ckpt"))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stopped_by = signal.Signals(number).name
+
+
+class DirectCheckpointIO(TorchCheckpointIO):
+    """Writes where it is told, without a copy in memory or in the system's folder for temporary files."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """OSError if the disk refuses; the bytes are on the disk on return."""
+        with Path(path).open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # torch's zip writer wraps, or drops, what the file raised
+                raise OSError(f"{error.__context__ or error}".splitlines()[0]) from error
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def rng_state() -> dict[str, Any]:

@@ -13,10 +13,12 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lctrain.errors import RunError
-from lctrain.plan import device_peak_flops, training_flops
+from lctrain.plan.flops import device_peak_flops, training_flops
+from lctrain.training.checkpoint import Checkpoint
 
 REPORT_EVERY_SECONDS = 10.0  # without a terminal
 
@@ -34,6 +36,7 @@ class Metrics(Callback):
         self._rates: list[float] = []
         self._loss = 0.0
         self._grad_norm = 0.0
+        self._lr = 0.0
         self._step_tokens = 0
         self._started = 0.0
         self._peak_flops = 0.0
@@ -48,17 +51,31 @@ class Metrics(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.perf_counter()  # validation is not training time
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        share = loss.item()  # of the step's mean: Lightning has divided it by the accumulation
+        index, accumulate = trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches, trainer.accumulate_grad_batches
+        self._require_finite(trainer, f"the loss of micro-batch {index + 1}/{accumulate}", share)
+        self._loss += share
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         self._grad_norm = float(torch.nn.utils.get_total_norm(gradients))
-        if not math.isfinite(self._grad_norm):
-            raise RunError(f"the gradient of step {trainer.global_step + 1} is {self._grad_norm}; nothing was updated")
+        self._require_finite(trainer, "the gradient", self._grad_norm)
+        self._lr = optimizer.param_groups[0]["lr"]
+
+    @staticmethod
+    def _require_finite(trainer: Trainer, what: str, value: float) -> None:
+        """RunError, which names the step (a batch is a pure function of it) and the checkpoint to go back to."""
+        if math.isfinite(value):
+            return
+        written = [path for c in trainer.callbacks if isinstance(c, Checkpoint) for path in c.written()]  # type: ignore[attr-defined]
+        last = f"the last checkpoint is {written[-1]}" if written else "there is no checkpoint yet"
+        raise RunError(f"{what} of step {trainer.global_step + 1} is {value}; nothing was updated, {last}")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         accumulate = trainer.accumulate_grad_batches
-        self._loss += outputs["loss"].item()  # Lightning has divided it by the accumulation
         self._step_tokens += batch["input_ids"].numel() * trainer.world_size
         if (batch_idx + 1) % accumulate:
             return
@@ -74,7 +91,7 @@ class Metrics(Callback):
             "loss": self._loss,
             "perplexity": math.exp(min(self._loss, 80.0)),
             "sequence_length": length,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "lr": self._lr,
             "grad_norm": self._grad_norm,
             "tokens_per_second": self._step_tokens / elapsed,
             "model_flops_utilization": flops / elapsed / self._peak_flops / trainer.world_size,

@@ -1,5 +1,6 @@
 """One training run: everything comes instantiated from the config, in the order in which it can be refused cheaply."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,11 @@ from lctrain.errors import InputError
 from lctrain.folder import RunFolder
 from lctrain.training.metrics import Metrics, read_history
 
-# What may change between a run and its continuation without changing what step N computes.
-FREE_TO_CHANGE = ("run_dir", "resume", "logger", "callbacks", "evaluation", "evaluation_attention", "trainer", "hydra")
+# What may change between a run and its continuation without changing what step N computes: beginnings of keys.
+FREE_TO_CHANGE = (
+    *("run_dir", "resume", "logger", "callbacks.", "evaluation.", "evaluation_attention.", "hydra."),
+    *("datamodule.cache_dir", "trainer.max_steps", "trainer.val_check_interval", "trainer.enable_"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +39,13 @@ def train(cfg: DictConfig) -> Trained:
     Raises InputError before anything is written, RunError when the run could not go on.
     """
     folder = RunFolder(cfg.run_dir)
-    checkpoint = folder.resume_from(cfg.resume)
+    folder.resume_from(cfg.resume)
     _check_resume(cfg, folder)
+    if cfg.trainer.max_steps < 1:
+        raise InputError(f"trainer.max_steps={cfg.trainer.max_steps} must be at least 1")
     if str(cfg.trainer.precision) not in ("32-true", "bf16-mixed", "32"):
         raise InputError(f"trainer.precision={cfg.trainer.precision} would cast the rotary tables too; set model.dtype instead")
+    _quiet()
     lightning.seed_everything(cfg.seed, verbose=False)
     module = instantiate(cfg.module, _convert_="all")
     datamodule = instantiate(cfg.datamodule, tokenizer=module.recipe.tokenizer, _convert_="all")
@@ -50,10 +57,12 @@ def train(cfg: DictConfig) -> Trained:
         logger=False,
         _convert_="all",
     )
+    module.objective.check(trainer.strategy.root_device)
     datamodule.trainer = trainer
     datamodule.prepare_data()
     datamodule.setup("fit")
     folder.acquire()
+    checkpoint = folder.resume_from(cfg.resume)  # again: until here another process may have written one
     folder.config.write_text(dump(cfg))
     trainer.loggers = _loggers(cfg)
     trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -67,6 +76,12 @@ def train(cfg: DictConfig) -> Trained:
     )
 
 
+def _quiet() -> None:
+    """Switches off what Lightning says of itself, device counts and tips; its warnings stay."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 def _loggers(cfg: DictConfig) -> list[Logger]:
     if not cfg.logger:
         return []
@@ -77,13 +92,13 @@ def _loggers(cfg: DictConfig) -> list[Logger]:
 
 def _check_resume(cfg: DictConfig, folder: RunFolder) -> None:
     """A continued run must compute what the first one would have."""
-    if cfg.resume != "auto" or not folder.config.exists():
+    if cfg.resume == "never" or not folder.config.exists():
         return
     before, now = (_flat(OmegaConf.to_container(c)) for c in (OmegaConf.load(folder.config), OmegaConf.create(dump(cfg))))
     for key in sorted(before.keys() | now.keys()):
-        if key.split(".")[0] not in FREE_TO_CHANGE and before.get(key) != now.get(key):
+        if not key.startswith(FREE_TO_CHANGE) and before.get(key) != now.get(key):
             raise InputError(
-                f"resume=auto: {key} was {before.get(key)} when {folder.path} began and is {now.get(key)} now; "
+                f"resume={cfg.resume}: {key} was {before.get(key)} when {folder.path} began and is {now.get(key)} now; "
                 "keep it, or start another run_dir from the checkpoint's path"
             )
 

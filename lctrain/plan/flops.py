@@ -1,4 +1,4 @@
-"""What a run will cost: parameters, FLOPs, memory, told before anything is loaded."""
+"""Floating-point operations: what a step needs, and what a device can do."""
 
 import time
 from functools import lru_cache

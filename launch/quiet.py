@@ -1,0 +1,13 @@
+"""What other libraries print about themselves, switched off where they offer a switch."""
+
+import warnings
+
+
+def quiet() -> None:
+    """No bars for reading and writing shards, no deprecations between libraries. Downloads keep their bars."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    enable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(lightning|peft|transformers)\b")

@@ -1,0 +1,1 @@
+"""Timed comparisons of lctrain with something plain."""

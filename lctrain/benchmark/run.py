@@ -1,0 +1,16 @@
+"""`lctrain benchmark`: the comparison that was asked for."""
+
+from omegaconf import DictConfig
+
+from lctrain.benchmark.overhead import overhead
+from lctrain.config import nearest
+from lctrain.errors import InputError
+
+COMPARISONS = {"overhead": overhead}
+
+
+def main(cfg: DictConfig) -> None:
+    """Runs `cfg.what`; it prints its table and writes its JSON into run_dir."""
+    if cfg.what not in COMPARISONS:
+        raise InputError(nearest(f"no benchmark '{cfg.what}'", cfg.what, list(COMPARISONS), show_all=True))
+    COMPARISONS[cfg.what](cfg)

@@ -1,0 +1,226 @@
+"""The memory of one training step, found by running it on tensors that have sizes and no data.
+
+Every operation of forward, loss and backward runs on torch's fake tensors, and their storages are counted as they come
+and go. So the numbers follow any architecture, tuning and precision. Only attention is a stand-in, that keeps what a
+fused kernel keeps. Not seen: CUDA's context and libraries (about 1 GiB), fragmentation, NCCL's buffers.
+
+Shape legend: B rows, H query heads, K key-value heads, L tokens, D head dim.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AttentionInterface, PreTrainedModel
+
+from lctrain.attention.base import Layout, MaskedAttention
+from lctrain.errors import InputError
+from lctrain.kernels.linear_cross_entropy import linear_cross_entropy
+from lctrain.model.head import softcap, unwrap
+
+FLEX_BLOCK = 128  # tokens on a side of a BlockMask's block
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device. No part is shared between devices: data parallelism replicates them all."""
+
+    weights: int
+    gradients: int  # counted as if they were there already: true from the second micro-batch of a step on
+    optimizer: int
+    buckets: int  # the copy of the gradients that data parallelism exchanges
+    activations: int  # kept from forward to backward
+    attention: int  # masks, and what a fused kernel's backward allocates
+    loss: int  # tiles of logits and the head's gradients, at their most
+    backward: int  # one layer's recomputation and gradients, at their most, beyond what was kept
+    update: int  # temporaries of the optimizer's step
+
+    @property
+    def resident(self) -> int:
+        """There all the time."""
+        return self.weights + self.gradients + self.optimizer + self.buckets
+
+    @property
+    def peak(self) -> int:
+        """The loss, the backward and the optimizer's step follow each other."""
+        step = self.activations + self.attention + max(self.loss, self.backward)
+        return self.resident + max(step, self.update)
+
+    def parts(self) -> dict[str, int]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a micro-batch on one device is."""
+
+    rows: int
+    length: int
+    kernel: str  # sdpa or flex
+    autocast: bool  # bf16-mixed
+    num_devices: int
+
+
+def step_memory(
+    model: nn.Module, method: MaskedAttention, step: Step, make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+) -> Memory:
+    """Memory of `step` with a tuned `model` on the meta device, which is used up."""
+    if step.kernel not in ("sdpa", "flex"):
+        raise InputError(f"kernel={step.kernel} holds every attention score and is not planned; use sdpa or flex")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.numel() * p.itemsize for p in trained)
+    attention = _Attention()
+    with FakeTensorMode():
+        _materialize(model)
+        base = unwrap(model)  # type: ignore[arg-type]
+        AttentionInterface.register("lctrain_plan", attention.attend)
+        base.set_attn_implementation("lctrain_plan")
+        weights, activations, loss, backward = _simulate(base, step)
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=_optimizer_states(make_optimizer, trained),
+        buckets=gradients if step.num_devices > 1 else 0,
+        activations=activations,
+        attention=attention.workspace + _masks(base.config.get_text_config(), method, step, attention.itemsize),
+        loss=loss,
+        backward=backward,
+        update=gradients,  # torch's foreach update holds one temporary of the size of all that trains
+    )
+
+
+def _simulate(model: PreTrainedModel, step: Step) -> tuple[int, int, int, int]:
+    """Bytes of the weights, kept by the forward, at most in the loss, at most in the backward beyond what was kept."""
+    model.train()
+    ids = torch.empty(step.rows, step.length, dtype=torch.int64)
+    given = torch.empty(1, 1, 1, 1)  # a mask that is there already, so that transformers builds none
+    with _Storages() as storages:
+        for tensor in (*model.parameters(), *model.buffers()):
+            storages.count(tensor)
+        weights = storages.live
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        before = storages.restart()
+        with torch.autocast("cpu", torch.bfloat16, enabled=step.autocast):
+            decoder, head = model.get_decoder(), model.get_output_embeddings()
+            hidden = decoder(input_ids=ids, position_ids=ids, attention_mask=given, use_cache=False).last_hidden_state
+            kept = storages.restart()
+            valid = hidden.flatten(0, 1).clone()  # as selecting the valid tokens does
+            total, losses = linear_cross_entropy(valid, head.weight, head.bias, ids.flatten(), softcap=softcap(model))
+        loss = storages.peak - kept
+        del hidden, valid, losses
+        storages.restart()
+        total.backward()
+    return weights, kept - before, loss, max(0, storages.peak - kept)
+
+
+class _Storages(TorchDispatchMode):
+    """Counts the bytes of all storages that operations return, for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_iter(out):
+            if isinstance(leaf, Tensor):
+                self.count(leaf)
+        return out
+
+    def count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:  # else a view
+            self._known.add(storage._cdata)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, identity: int, num_bytes: int) -> None:
+        self._known.discard(identity)
+        self.live -= num_bytes
+
+    def restart(self) -> int:
+        """What is live now; the peak is counted anew from here."""
+        self.peak = self.live
+        return self.live
+
+
+class _Attention:
+    """Stands in for a fused kernel: keeps q, k, v, the output and a log-sum-exp per query, never a score."""
+
+    workspace = 0  # of the largest layer's backward
+    itemsize = 0
+
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
+        """What `AttentionInterface` calls."""
+        # dq is summed in fp32, B·L·H·D · 4 bytes; with grouped heads dk and dv exist once per query head before they
+        # are summed, 2 · B·L·H·D · itemsize. An upper bound: FlexAttention needs less.
+        grouped = 2 * q.itemsize if q.shape[1] != k.shape[1] else 0
+        self.workspace, self.itemsize = max(self.workspace, q.numel() * (4 + grouped)), q.itemsize
+        return _FusedAttention.apply(q, k, v).transpose(1, 2), None  # type: ignore[no-untyped-call]
+
+
+class _FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:
+        B, H, L, _ = q_BHLD.shape
+        out_BHLD = q_BHLD.new_empty(B, L, H, v_BKLD.shape[-1]).transpose(1, 2)  # laid out as the next layer wants it
+        ctx.save_for_backward(q_BHLD, k_BKLD, v_BKLD, out_BHLD, q_BHLD.new_empty(B, H, L, dtype=torch.float32))
+        return out_BHLD
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+def _masks(config: Any, method: MaskedAttention, step: Step, itemsize: int) -> int:
+    """Bytes of the masks of one forward: one per group of layers, with a head dimension where heads differ."""
+    layout = Layout(
+        length=step.length,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        layer_idx=0,
+    )
+    groups = len({method.layer_group(layer) for layer in range(config.num_hidden_layers)})
+    grids = groups * step.rows * (config.num_attention_heads if method.heads_differ(layout) else 1)
+    if step.kernel == "flex":
+        # Indices of partial and of full blocks, by query and by key: 4 int32 tables of (L / 128)² entries.
+        return grids * 4 * 4 * -(-step.length // FLEX_BLOCK) ** 2
+    # A bias for every visible rectangle: at most the causal half, L² / 2 entries, where documents are packed.
+    return grids * itemsize * step.length**2 // 2
+
+
+def _optimizer_states(make: Callable[[Iterable[nn.Parameter]], Optimizer], trained: Iterable[nn.Parameter]) -> int:
+    """Bytes = numel · bytes of state per parameter; the latter is seen on a small parameter of the same dtype."""
+
+    def per_parameter(dtype: torch.dtype) -> float:
+        small = nn.Parameter(torch.zeros(16, 16, dtype=dtype))
+        small.grad = torch.zeros_like(small)
+        optimizer = make([small])
+        optimizer.step()
+        states = [state for state in optimizer.state[small].values() if isinstance(state, Tensor)]
+        return sum(state.numel() * state.itemsize for state in states if state.shape == small.shape) / small.numel()
+
+    trained = list(trained)
+    rates = {dtype: per_parameter(dtype) for dtype in {p.dtype for p in trained}}
+    return int(sum(p.numel() * rates[p.dtype] for p in trained))
+
+
+def _materialize(model: nn.Module) -> None:
+    """Meta tensors become fake ones on the CPU, where autocast works. Tied ones stay tied."""
+    fakes: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor not in fakes:
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                fakes[tensor] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+            setattr(module, name, fakes[tensor])

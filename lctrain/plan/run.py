@@ -1,0 +1,189 @@
+"""`lctrain plan`: the cost of a run as a table and a verdict. No weights are read, no GPU is touched."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lctrain.errors import InputError
+from lctrain.kernels.choose import choose
+from lctrain.model.recipe import ModelRecipe
+from lctrain.plan.flops import training_flops
+from lctrain.plan.memory import Memory, Step, step_memory
+
+GIB = 2**30
+
+WHAT = {
+    "weights": "parameters and buffers",
+    "gradients": "of what trains",
+    "optimizer": "its states",
+    "buckets": "gradients in exchange between devices",
+    "activations": "kept from forward to backward",
+    "attention": "masks, and the kernel's backward",
+    "loss": "a tile of logits, the head's gradients",
+    "backward": "one layer's recomputation and gradients",
+    "update": "temporaries of the optimizer's step",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One row length of the curriculum; FLOPs forward and backward, recomputation not counted."""
+
+    length: int
+    num_steps: int
+    flops_per_token: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will cost. `tokens_per_step` counts all devices, `memory` is one device's."""
+
+    parameters: int
+    trainable: int
+    tokens_per_step: int
+    num_devices: int
+    kernel: str
+    stages: list[Stage]
+    memory: Memory
+
+    @property
+    def num_steps(self) -> int:
+        return sum(stage.num_steps for stage in self.stages)
+
+    @property
+    def flops(self) -> float:
+        return sum(stage.num_steps * stage.flops_per_token for stage in self.stages) * self.tokens_per_step
+
+
+def main(cfg: DictConfig) -> None:
+    """Prints the plan; InputError for a config that could not train."""
+    _check_positive(device_memory=cfg.device_memory)
+    console, planned = Console(), plan(cfg)
+    console.print(_sizes(planned), _compute(planned), _memory(planned), sep="\n")
+    console.print(verdict(planned, cfg), soft_wrap=True, highlight=False)
+
+
+def plan(cfg: DictConfig) -> Plan:
+    """The plan of the run that `lctrain train` would make of `cfg`, on `num_devices` on each of its nodes."""
+    _check_positive(num_devices=cfg.num_devices, num_nodes=cfg.trainer.num_nodes, max_steps=cfg.trainer.max_steps)
+    _check_positive(accumulate=cfg.trainer.accumulate_grad_batches, micro_batch_size=cfg.datamodule.micro_batch_size)
+    recipe: ModelRecipe = instantiate(cfg.model, _convert_="all")
+    curriculum = instantiate(cfg.curriculum, _convert_="all")
+    recipe.check_attention(curriculum.lengths())
+    world, accumulate = cfg.num_devices * cfg.trainer.num_nodes, cfg.trainer.accumulate_grad_batches
+    micro_batch_tokens = cfg.datamodule.micro_batch_size * cfg.sequence_length
+    tokens_per_step = micro_batch_tokens * accumulate * world
+    model = _skeleton(recipe)
+    parameters = list(model.parameters())
+    steps = Counter(curriculum.length_at(step, tokens_per_step) for step in range(cfg.trainer.max_steps))
+    stages = [
+        Stage(length=length, num_steps=steps[length], flops_per_token=training_flops(model, recipe.attention, length))
+        for length in sorted(steps)
+    ]
+    longest = stages[-1].length
+    softcap = getattr(recipe.config().get_text_config(), "attn_logit_softcapping", None)
+    device_type = "cpu" if cfg.trainer.accelerator == "cpu" else "cuda"
+    kernel, _ = choose(
+        recipe.kernel, plain_causal=recipe.attention.plain_causal, softcap=softcap, device_type=device_type
+    )
+    step = Step(
+        rows=-(-micro_batch_tokens // longest),
+        length=longest,
+        kernel=kernel,
+        autocast=cfg.trainer.precision == "bf16-mixed",
+        num_devices=world,
+    )
+    return Plan(
+        parameters=sum(p.numel() for p in parameters),
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        tokens_per_step=tokens_per_step,
+        num_devices=world,
+        kernel=kernel,
+        stages=stages,
+        memory=step_memory(model, recipe.attention, step, instantiate(cfg.optimizer)),
+    )
+
+
+def _check_positive(**values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise InputError(f"{name}={value} must be a positive number to plan with")
+
+
+def _skeleton(recipe: ModelRecipe) -> nn.Module:
+    """The model as it would train, on the meta device."""
+    config = recipe.config()
+    text = config.get_text_config()
+    rope = text.rope_parameters
+    if rope.get("rope_type") in ("dynamic", "longrope"):  # these look at positions, which aren't there; sizes are alike
+        text.rope_parameters = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=recipe.torch_dtype(config))
+        if recipe.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return recipe.tuning.apply(model)
+
+
+def verdict(planned: Plan, cfg: DictConfig) -> str:
+    """One line: whether the peak fits into `device_memory`, by how much not, and what would help."""
+    spare = cfg.device_memory - planned.memory.peak / GIB
+    if spare >= 0:
+        return f"fits: {planned.memory.peak / GIB:.2f} of {cfg.device_memory:g} GiB, {spare:.2f} GiB to spare"
+    helping = ", ".join(_remedies(planned, cfg)) or "a shorter sequence_length, a smaller model, a larger device"
+    peak = f"{planned.memory.peak / GIB:.2f} GiB needed, {-spare:.2f} more than the {cfg.device_memory:g} GiB there are"
+    return f"does not fit: {peak}; what would help: {helping}"
+
+
+def _remedies(planned: Plan, cfg: DictConfig) -> Iterator[str]:
+    """Options not yet taken that shrink what is large, a tenth of the peak at least."""
+    memory = planned.memory
+    large = {name for name, size in memory.parts().items() if size > memory.peak / 10}
+    if "activations" in large and not cfg.model.gradient_checkpointing:
+        yield "model.gradient_checkpointing=true"
+    if large & {"activations", "backward"} and cfg.datamodule.micro_batch_size > 1:
+        yield "a smaller datamodule.micro_batch_size with more trainer.accumulate_grad_batches"
+    if "attention" in large and planned.kernel == "sdpa":
+        yield "kernel=flex"
+    if large & {"gradients", "optimizer"} and planned.trainable == planned.parameters:
+        yield "tuning=longlora"
+    if "weights" in large and memory.weights > 3 * planned.parameters:
+        yield "model.dtype=bfloat16"
+
+
+def _sizes(planned: Plan) -> Table:
+    table = Table("run", "")
+    table.add_row("parameters", f"{planned.parameters:,}")
+    table.add_row("trainable", f"{planned.trainable:,} ({planned.trainable / planned.parameters:.2%})")
+    table.add_row("devices", f"{planned.num_devices:,}, each with all of the model")
+    table.add_row("tokens per optimizer step", f"{planned.tokens_per_step:,}")
+    table.add_row("tokens of the run", f"{planned.num_steps * planned.tokens_per_step:,} in {planned.num_steps:,} steps")
+    return table
+
+
+def _compute(planned: Plan) -> Table:
+    table = Table("row length", "steps", "FLOPs per token", "per step", "total")
+    for stage in planned.stages:
+        per_step = stage.flops_per_token * planned.tokens_per_step
+        amounts = stage.flops_per_token, per_step, per_step * stage.num_steps
+        table.add_row(f"{stage.length:,}", f"{stage.num_steps:,}", *(f"{amount:.3g}" for amount in amounts))
+    table.add_section()
+    table.add_row("all", f"{planned.num_steps:,}", "", "", f"{planned.flops:.3g}")
+    return table
+
+
+def _memory(planned: Plan) -> Table:
+    table = Table("memory of a device", "GiB", "", caption="CUDA's context and fragmentation come on top")
+    for name, size in planned.memory.parts().items():
+        table.add_row(name, f"{size / GIB:,.2f}", WHAT[name])
+    table.add_section()
+    table.add_row("peak", f"{planned.memory.peak / GIB:,.2f}", "they are not all there at once")
+    return table
