@@ -7,7 +7,7 @@ Prints a table and writes overhead.json into run_dir. Takes every group and opti
 examples:
   lctrain benchmark overhead
   lctrain benchmark overhead run_dir=runs/overhead num_steps=50 num_repeats=5 sequence_length=2048
-  lctrain benchmark overhead model=pretrained model.path=<folder or hub id>
+  lctrain benchmark overhead model.path=<folder or hub id>
 """
 
 from omegaconf import DictConfig

@@ -43,7 +43,6 @@ def export(run_dir: str, checkpoint: str, output: str, dtype: str = "auto") -> P
         raise InputError(f"{path} does not belong to {folder.config}: only one of them has {differ[0]}")
     model.load_state_dict(weights, strict=False)
     merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
-    merged.config.use_cache = True
     if dtype != "auto":
         merged.to(getattr(torch, dtype))
     aside = target.with_name(target.name + ".partial")

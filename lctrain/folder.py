@@ -43,8 +43,11 @@ class RunFolder:
 
     def acquire(self) -> None:
         """Create the folder and hold it; InputError while another process does."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = (self.path / ".lock").open("w")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise InputError(f"run_dir={self.path} can't be written to ({error.strerror}); choose another") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -58,7 +61,7 @@ def is_whole(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (zipfile.BadZipFile, OSError, EOFError):
+    except Exception:  # damaged bytes look like anything: another compression, an encrypted file, a date that is none
         return False
 
 

@@ -12,10 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from lctrain import config
 
+torch.set_num_threads(1)  # threads of tiny tensors only wait for each other
+
 VOCAB_SIZE = 64
 SHAPE = {
-    "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1,
+    "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1,
     "pad_token_id": 2, "initializer_range": 0.3,
 }  # fmt: skip
 
@@ -29,7 +32,7 @@ def tiny() -> Callable[..., PreTrainedModel]:
         config = AutoConfig.for_model(model_type, **{**SHAPE, **changes})
         model = AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for parameter in model.parameters():
                 if parameter.ndim == 1:  # norms and biases start at 0 or 1: a dropped one would go unseen
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
         return model
@@ -50,7 +53,8 @@ def saved(tiny: Callable[..., PreTrainedModel], tmp_path_factory: pytest.TempPat
             words = {f"w{i}": i for i in range(VOCAB_SIZE)}
             tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
             tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-            PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w0", eos_token="w1").save_pretrained(folders[key])
+            fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w0", eos_token="w1")
+            fast.save_pretrained(folders[key])
         return folders[key]
 
     return save

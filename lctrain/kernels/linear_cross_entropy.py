@@ -71,6 +71,7 @@ def linear_cross_entropy(
     Labels must be valid ids: drop ignored tokens first. Computes in fp32, or fp64 for fp64 inputs.
     """
     if not torch.is_grad_enabled():  # which needs_input_grad does not know: spare the gradients
-        hidden_ND, weight_VD, bias_V = hidden_ND.detach(), weight_VD.detach(), None if bias_V is None else bias_V.detach()
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
+        bias_V = None if bias_V is None else bias_V.detach()
     losses: tuple[Tensor, Tensor] = _TiledLinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N, softcap)  # type: ignore[no-untyped-call]
     return losses

@@ -109,7 +109,7 @@ class _Installed:
     ) -> tuple[Tensor, None]:
         """What `AttentionInterface` calls in every layer; returns [B, L, H, D]."""
         if unknown := [name for name in _SCORE_TERMS if extra.get(name) is not None]:
-            raise InputError(f"{type(module).__name__} needs {unknown[0]} in its softmax, which no kernel here computes")
+            raise InputError(f"{type(module).__name__} has {unknown[0]} in its softmax, which no kernel here computes")
         if dropout:
             raise InputError("this attention has no dropout; set attention_dropout to 0 in the model's config")
         prepared = self._prepared(mask, module, q_BHLD, k_BKSD, position_ids)
@@ -159,5 +159,7 @@ def install(model: PreTrainedModel, method: MaskedAttention, kernel: str = "auto
     AttentionMaskInterface.register(implementation, installed.make_mask)
     model.set_attn_implementation(implementation)
     if model.config.get_text_config()._attn_implementation != implementation:
-        raise InputError(f"{type(model).__name__} does not use transformers' attention interface; {method} can't be installed")
+        raise InputError(
+            f"{type(model).__name__} does not use transformers' attention interface; {method} can't be installed"
+        )
     log.info("attention: %s on kernel %s", method, name)

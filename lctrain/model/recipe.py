@@ -57,7 +57,6 @@ class ModelRecipe(ABC):
     def config(self) -> PreTrainedConfig:
         """The config to train and export with: positions stretched, the window the method asks for."""
         config = self.base_config()
-        config.use_cache = False
         self.rope.apply(config, self.sequence_length)
         replaced = self.attention.adapt_config(config.get_text_config())
         window = getattr(config.get_text_config(), "sliding_window", None)
@@ -135,6 +134,7 @@ class PretrainedModel(ModelRecipe):
                 revision=self.revision,
                 use_safetensors=self.use_safetensors,
                 trust_remote_code=self.trust_remote_code,
+                ignore_mismatched_sizes=True,  # they are named below
                 output_loading_info=True,
             )
         except (OSError, SafetensorError) as error:

@@ -68,7 +68,9 @@ class LoRATuning(Tuning):
         )
         tuned = get_peft_model(model, adapters)
         if isinstance(model.get_output_embeddings(), BaseTunerLayer):
-            raise InputError("tuning.target_modules: the tiled loss knows no adapter on the output head; put it in tuning.trainable")
+            raise InputError(
+                "tuning.target_modules: the tiled loss knows no adapter on the output head; put it in tuning.trainable"
+            )
         unfreeze(model, self.trainable)
         return tuned
 

@@ -10,6 +10,7 @@ Shape legend: B rows, H query heads, K key-value heads, L tokens, D head dim.
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from math import ceil
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from lctrain.attention.base import Layout, MaskedAttention
 from lctrain.errors import InputError
-from lctrain.kernels.linear_cross_entropy import linear_cross_entropy
+from lctrain.kernels.linear_cross_entropy import MAX_LOGITS, linear_cross_entropy
 from lctrain.model.head import softcap, unwrap
 
 FLEX_BLOCK = 128  # tokens on a side of a BlockMask's block
@@ -38,7 +39,7 @@ class Memory:
     buckets: int  # the copy of the gradients that data parallelism exchanges
     activations: int  # kept from forward to backward
     attention: int  # masks, and what a fused kernel's backward allocates
-    loss: int  # tiles of logits and the head's gradients, at their most
+    loss: int  # tiles of logits, the head's gradients, autocast's copies of the weights, at their most
     backward: int  # one layer's recomputation and gradients, at their most, beyond what was kept
     update: int  # temporaries of the optimizer's step
 
@@ -97,7 +98,7 @@ def step_memory(
 
 
 def _simulate(model: PreTrainedModel, step: Step) -> tuple[int, int, int, int]:
-    """Bytes of the weights, kept by the forward, at most in the loss, at most in the backward beyond what was kept."""
+    """Bytes of the weights, kept by the forward, and at most beyond that in the loss and in the backward."""
     model.train()
     ids = torch.empty(step.rows, step.length, dtype=torch.int64)
     given = torch.empty(1, 1, 1, 1)  # a mask that is there already, so that transformers builds none
@@ -109,16 +110,39 @@ def _simulate(model: PreTrainedModel, step: Step) -> tuple[int, int, int, int]:
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         before = storages.restart()
         with torch.autocast("cpu", torch.bfloat16, enabled=step.autocast):
-            decoder, head = model.get_decoder(), model.get_output_embeddings()
+            decoder = model.get_decoder()
             hidden = decoder(input_ids=ids, position_ids=ids, attention_mask=given, use_cache=False).last_hidden_state
-            kept = storages.restart()
-            valid = hidden.flatten(0, 1).clone()  # as selecting the valid tokens does
-            total, losses = linear_cross_entropy(valid, head.weight, head.bias, ids.flatten(), softcap=softcap(model))
-        loss = storages.peak - kept
-        del hidden, valid, losses
+            forward = storages.live
+        casts = forward - storages.restart()  # autocast's copies of the weights, which it drops after the loss
+        kept = forward - casts
+        loss = casts + _loss(model, hidden, step.autocast, storages)
         storages.restart()
-        total.backward()
+        if hidden.requires_grad:
+            hidden.backward(torch.empty_like(hidden))
     return weights, kept - before, loss, max(0, storages.peak - kept)
+
+
+def _loss(model: PreTrainedModel, hidden: Tensor, autocast: bool, storages: "_Storages") -> int:
+    """Most bytes in the loss and its backward; from the third tile on they are a line in the number of tokens."""
+    head = model.get_output_embeddings()
+    tile, num_tokens = max(1, MAX_LOGITS // head.weight.shape[0]), hidden.shape[0] * hidden.shape[1]
+
+    def most(num_tokens: int) -> int:
+        source = torch.empty(num_tokens, hidden.shape[-1], dtype=hidden.dtype, requires_grad=hidden.requires_grad)
+        labels = torch.empty(num_tokens, dtype=torch.int64)
+        before = storages.restart()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            valid = source.clone()  # as selecting the valid tokens does
+            total, _ = linear_cross_entropy(valid, head.weight, head.bias, labels, softcap=softcap(model))
+        del valid
+        if total.requires_grad:
+            total.backward()
+        return storages.peak - before
+
+    if num_tokens <= 3 * tile:
+        return most(num_tokens)
+    two, three = most(2 * tile), most(3 * tile)
+    return two + (three - two) * (num_tokens - 2 * tile) // tile
 
 
 class _Storages(TorchDispatchMode):
@@ -126,7 +150,8 @@ class _Storages(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live: int = 0
+        self.peak: int = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -162,6 +187,8 @@ class _Attention:
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
         """What `AttentionInterface` calls."""
+        if torch.is_autocast_enabled("cpu"):
+            q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
         # dq is summed in fp32, B·L·H·D · 4 bytes; with grouped heads dk and dv exist once per query head before they
         # are summed, 2 · B·L·H·D · itemsize. An upper bound: FlexAttention needs less.
         grouped = 2 * q.itemsize if q.shape[1] != k.shape[1] else 0
@@ -194,12 +221,12 @@ def _masks(config: Any, method: MaskedAttention, step: Step, itemsize: int) -> i
     grids = groups * step.rows * (config.num_attention_heads if method.heads_differ(layout) else 1)
     if step.kernel == "flex":
         # Indices of partial and of full blocks, by query and by key: 4 int32 tables of (L / 128)² entries.
-        return grids * 4 * 4 * -(-step.length // FLEX_BLOCK) ** 2
+        return grids * 4 * 4 * ceil(step.length / FLEX_BLOCK) ** 2
     # A bias for every visible rectangle: at most the causal half, L² / 2 entries, where documents are packed.
     return grids * itemsize * step.length**2 // 2
 
 
-def _optimizer_states(make: Callable[[Iterable[nn.Parameter]], Optimizer], trained: Iterable[nn.Parameter]) -> int:
+def _optimizer_states(make: Callable[[Iterable[nn.Parameter]], Optimizer], trained: list[nn.Parameter]) -> int:
     """Bytes = numel · bytes of state per parameter; the latter is seen on a small parameter of the same dtype."""
 
     def per_parameter(dtype: torch.dtype) -> float:
@@ -210,7 +237,6 @@ def _optimizer_states(make: Callable[[Iterable[nn.Parameter]], Optimizer], train
         states = [state for state in optimizer.state[small].values() if isinstance(state, Tensor)]
         return sum(state.numel() * state.itemsize for state in states if state.shape == small.shape) / small.numel()
 
-    trained = list(trained)
     rates = {dtype: per_parameter(dtype) for dtype in {p.dtype for p in trained}}
     return int(sum(p.numel() * rates[p.dtype] for p in trained))
 

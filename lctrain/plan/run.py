@@ -90,11 +90,7 @@ def plan(cfg: DictConfig) -> Plan:
         for length in sorted(steps)
     ]
     longest = stages[-1].length
-    softcap = getattr(recipe.config().get_text_config(), "attn_logit_softcapping", None)
-    device_type = "cpu" if cfg.trainer.accelerator == "cpu" else "cuda"
-    kernel, _ = choose(
-        recipe.kernel, plain_causal=recipe.attention.plain_causal, softcap=softcap, device_type=device_type
-    )
+    kernel = _kernel(recipe, "cpu" if cfg.trainer.accelerator == "cpu" else "cuda")
     step = Step(
         rows=-(-micro_batch_tokens // longest),
         length=longest,
@@ -111,6 +107,13 @@ def plan(cfg: DictConfig) -> Plan:
         stages=stages,
         memory=step_memory(model, recipe.attention, step, instantiate(cfg.optimizer)),
     )
+
+
+def _kernel(recipe: ModelRecipe, device_type: str) -> str:
+    """The name of the kernel that would run there."""
+    softcap = getattr(recipe.config().get_text_config(), "attn_logit_softcapping", None)
+    plain_causal = recipe.attention.plain_causal
+    return choose(recipe.kernel, plain_causal=plain_causal, softcap=softcap, device_type=device_type)[0]
 
 
 def _check_positive(**values: Any) -> None:
@@ -165,7 +168,9 @@ def _sizes(planned: Plan) -> Table:
     table.add_row("trainable", f"{planned.trainable:,} ({planned.trainable / planned.parameters:.2%})")
     table.add_row("devices", f"{planned.num_devices:,}, each with all of the model")
     table.add_row("tokens per optimizer step", f"{planned.tokens_per_step:,}")
-    table.add_row("tokens of the run", f"{planned.num_steps * planned.tokens_per_step:,} in {planned.num_steps:,} steps")
+    table.add_row(
+        "tokens of the run", f"{planned.num_steps * planned.tokens_per_step:,} in {planned.num_steps:,} steps"
+    )
     return table
 
 

@@ -45,7 +45,7 @@ class Checkpoint(Callback):
         trainer.strategy.checkpoint_io = DirectCheckpointIO()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for number in SIGNALS:  # in place of Lightning's, which end the run without a checkpoint; it restores the old ones
+        for number in SIGNALS:  # in place of Lightning's, which end the run without a checkpoint; restored behind fit
             signal.signal(number, self._on_signal)
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
         if self._rng is not None:

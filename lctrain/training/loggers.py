@@ -1,7 +1,7 @@
 """Weights & Biases: online with a key, else offline; never a reason for a run to stop."""
 
 import logging
-import os
+import secrets
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +9,8 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 
 log = logging.getLogger(__name__)
+
+INIT_TIMEOUT = 20  # seconds that a server may take to answer before the run goes on without it
 
 
 def wandb_logger(
@@ -20,11 +22,14 @@ def wandb_logger(
     says so, and how to sync it.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    online = mode == "online" or (mode == "auto" and _has_key())
+    wandb.setup(wandb.Settings(silent=True))
+    online = False
     try:
+        online = mode == "online" or (mode == "auto" and wandb.login(prompt=False, verify=False))
         run = _start(project, entity, name, folder, "online" if online else "offline")
     except wandb.Error as error:
         log.warning("W&B can't be reached (%s); recording offline", str(error).splitlines()[0])
+        wandb.teardown()  # else the id stays taken
         run, online = _start(project, entity, name, folder, "offline"), False
     log.info("W&B: %s", run.url if online else f"offline; upload with: wandb sync {Path(run.dir).parent}")
     return WandbLogger(experiment=run)
@@ -39,15 +44,12 @@ def _start(project: str, entity: str | None, name: str | None, folder: str, mode
         id=_run_id(Path(folder) / "wandb_id.txt"),
         resume="allow" if mode == "online" else None,
         mode=mode,
-        settings=wandb.Settings(init_timeout=60, silent=True, save_code=False, disable_git=False),
+        # No metadata: it holds the command line, on which a key may stand. The commit is recorded without it.
+        settings=wandb.Settings(init_timeout=INIT_TIMEOUT, silent=True, save_code=False, x_disable_meta=True),
     )
 
 
 def _run_id(path: Path) -> str:
     if not path.exists():
-        path.write_text(wandb.util.generate_id())
+        path.write_text(secrets.token_hex(4))
     return path.read_text().strip()
-
-
-def _has_key() -> bool:
-    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)

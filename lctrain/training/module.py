@@ -43,6 +43,14 @@ class LongContextModule(LightningModule):
         self._num_valid_tokens = 0  # of this optimizer step, over all ranks
         self._validation: list[Tensor] = []
 
+    def check(self, device: torch.device) -> None:
+        """Refuse, before anything is written, settings that the objective, optimizer or scheduler can't take."""
+        self.objective.check(device)
+        try:
+            self.make_scheduler(self.make_optimizer([Parameter(torch.zeros(1))]))
+        except ValueError as error:
+            raise InputError(f"optimizer or scheduler: {error}") from error
+
     def configure_model(self) -> None:
         if not hasattr(self, "model"):
             self.model = self.recipe.build()

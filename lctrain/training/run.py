@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
@@ -50,14 +52,8 @@ def train(cfg: DictConfig) -> Trained:
     module = instantiate(cfg.module, _convert_="all")
     datamodule = instantiate(cfg.datamodule, tokenizer=module.recipe.tokenizer, _convert_="all")
     module.recipe.check(datamodule.curriculum.lengths())
-    trainer: Trainer = instantiate(
-        cfg.trainer,
-        default_root_dir=cfg.run_dir,
-        callbacks=list(instantiate(cfg.callbacks, _convert_="all").values()),
-        logger=False,
-        _convert_="all",
-    )
-    module.objective.check(trainer.strategy.root_device)
+    trainer = _trainer(cfg)
+    module.check(trainer.strategy.root_device)
     datamodule.trainer = trainer
     datamodule.prepare_data()
     datamodule.setup("fit")
@@ -74,6 +70,17 @@ def train(cfg: DictConfig) -> Trained:
         loggers=trainer.loggers,
         is_global_zero=trainer.is_global_zero,
     )
+
+
+def _trainer(cfg: DictConfig) -> Trainer:
+    callbacks = list(instantiate(cfg.callbacks, _convert_="all").values())
+    settings = {"default_root_dir": cfg.run_dir, "callbacks": callbacks, "logger": False}
+    try:
+        return instantiate(cfg.trainer, **settings, _convert_="all")  # type: ignore[no-any-return]
+    except InstantiationException as error:
+        if isinstance(error.__cause__, MisconfigurationException | ValueError):  # a device that is not there, say
+            raise InputError(f"trainer: {error.__cause__}") from error
+        raise
 
 
 def _quiet() -> None:
@@ -95,7 +102,7 @@ def _check_resume(cfg: DictConfig, folder: RunFolder) -> None:
     if cfg.resume == "never" or not folder.config.exists():
         return
     before, now = (_flat(OmegaConf.to_container(c)) for c in (OmegaConf.load(folder.config), OmegaConf.create(dump(cfg))))
-    for key in sorted(before.keys() | now.keys()):
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (key.count("."), key)):  # rope.factor, not model.rope.factor
         if not key.startswith(FREE_TO_CHANGE) and before.get(key) != now.get(key):
             raise InputError(
                 f"resume={cfg.resume}: {key} was {before.get(key)} when {folder.path} began and is {now.get(key)} now; "

@@ -128,7 +128,7 @@ def test_batch_of_two_is_two_of_one(attending, ids, name, side):
     model, tokens = attending(name), ids(2, 24)
     mask = torch.ones_like(tokens)
     real = slice(11, 24) if side == "left" else slice(0, 13)
-    mask[0, :11 if side == "left" else 24] = 0
+    mask[0, : 11 if side == "left" else 24] = 0
     mask[0, real] = 1
     logits = model(input_ids=tokens, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
     assert logits.isfinite().all()
@@ -141,7 +141,9 @@ def decode(model, tokens, chunks, cache=None, mask=None):
     logits, start = [], 0
     for size in chunks:
         stop = start + size
-        extra = {} if mask is None else {"attention_mask": mask[:, :stop], "position_ids": positions(mask)[:, start:stop]}
+        extra = (
+            {} if mask is None else {"attention_mask": mask[:, :stop], "position_ids": positions(mask)[:, start:stop]}
+        )
         out = model(input_ids=tokens[:, start:stop], past_key_values=cache, use_cache=True, **extra)
         cache, start = out.past_key_values, stop
         logits.append(out.logits)
@@ -191,7 +193,7 @@ def test_decode_through_a_cache_that_drops_keys(tiny, method_of, ids, name):
 
 
 def test_a_ratio_is_refused_while_decoding(attending, ids):
-    with pytest.raises(InputError, match="group_size_ratio has no meaning while decoding; set attention.group_size"):
+    with pytest.raises(InputError, match=r"group_size_ratio has no meaning while decoding; set attention.group_size"):
         decode(attending("s2 ratio"), ids(1, 9), [8, 1])
 
 

@@ -19,7 +19,7 @@ def grid(method, *, length=16, num_heads=8, num_kv=4, first_head=0, local_heads=
 
 
 def test_equals_the_published_roll_where_that_does_not_wrap(method_of):
-    """Roll each row left by half a group, attend inside whole groups, roll back; the wrapped half groups are cut apart."""
+    """Roll each row left by half a group, attend inside whole groups, roll back; cut apart what wrapped."""
     length, size = 16, 4
     expected = torch.zeros(8, length, length, dtype=torch.bool)
     for h in range(8):

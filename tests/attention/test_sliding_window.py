@@ -28,7 +28,9 @@ def test_wider_than_the_longest_row_is_refused(method_of, width):
 
 def test_replaces_the_models_own_window_and_says_so(method_of):
     config = MistralConfig(sliding_window=6)
-    assert "own window of 6 tokens is replaced by 9" in method_of("sliding_window", sliding_window=9).adapt_config(config)
+    assert "own window of 6 tokens is replaced by 9" in method_of("sliding_window", sliding_window=9).adapt_config(
+        config
+    )
     assert config.sliding_window == 9
     assert method_of("sliding_window", sliding_window=9).adapt_config(LLAMA) is None
 

@@ -55,7 +55,9 @@ def naive(q, k, v, mask, scaling, softcap):
     return weights / weights.sum(-1, keepdim=True) @ v
 
 
-def check(kernel, mask_mod, length, num_kv, *, dtype=torch.float32, softcap=None, batch=2, queries=None, heads_differ=True):
+def check(
+    kernel, mask_mod, length, num_kv, *, dtype=torch.float32, softcap=None, batch=2, queries=None, heads_differ=True
+):
     """Last `queries` of `length` positions attend; output and gradients against `naive`."""
     generator = torch.Generator().manual_seed(0)
     queries = queries or length
@@ -63,8 +65,8 @@ def check(kernel, mask_mod, length, num_kv, *, dtype=torch.float32, softcap=None
     k, v = (torch.randn(batch, num_kv, length, DIM, generator=generator, dtype=torch.float64) for _ in range(2))
     upstream = torch.randn(q.shape, generator=generator, dtype=torch.float64)
     shape = MaskShape(
-        batch=batch, num_heads=NUM_HEADS if heads_differ else 1, num_key_value_groups=NUM_HEADS // num_kv, q_length=queries,
-        kv_length=length, device=q.device, dtype=dtype,
+        batch=batch, num_heads=NUM_HEADS if heads_differ else 1, num_key_value_groups=NUM_HEADS // num_kv,
+        q_length=queries, kv_length=length, device=q.device, dtype=dtype,
     )  # fmt: skip
     offset = length - queries
     prepared = mask_mod and kernel.prepare(lambda b, h, i, j: mask_mod(b, h, i + offset, j), shape)
@@ -144,13 +146,23 @@ def test_sdpa_reads_only_what_a_tile_sees(monkeypatch):
     """A window costs its width, and a group only its own keys, head by head."""
     monkeypatch.setattr(sdpa, "TILE", 8)
     shape = MaskShape(
-        batch=1, num_heads=4, num_key_value_groups=2, q_length=64, kv_length=64, device=torch.device("cpu"), dtype=torch.float32
+        batch=1,
+        num_heads=4,
+        num_key_value_groups=2,
+        q_length=64,
+        kv_length=64,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
     )
     tiles = SDPAKernel().prepare(mask_mods(64)["window"], shape)
     assert len(tiles) == 8
     assert max(tile.kv.stop - tile.kv.start for tile in tiles) == 8 + 7 - 1
     groups = SDPAKernel().prepare(mask_mods(64)["s2"], shape)  # groups of 16, shifted by 8 in the last two heads
-    assert {(tile.q_heads.start, tile.q_heads.stop, tile.kv_heads.start) for tile in groups} == {(0, 2, 0), (2, 4, 1), (0, 4, 0)}
+    assert {(tile.q_heads.start, tile.q_heads.stop, tile.kv_heads.start) for tile in groups} == {
+        (0, 2, 0),
+        (2, 4, 1),
+        (0, 4, 0),
+    }
     assert max(tile.kv.stop - tile.kv.start for tile in groups) == 16
 
 

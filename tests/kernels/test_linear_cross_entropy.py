@@ -23,7 +23,9 @@ def tensors(dtype=torch.float64, bias=True):
 
 def full(hidden, weight, bias, labels, softcap):
     logits = F.linear(hidden, weight, bias)
-    return F.cross_entropy(logits if softcap is None else softcap * torch.tanh(logits / softcap), labels, reduction="none")
+    return F.cross_entropy(
+        logits if softcap is None else softcap * torch.tanh(logits / softcap), labels, reduction="none"
+    )
 
 
 @pytest.mark.usefixtures("tiles")
@@ -98,7 +100,10 @@ def test_without_grad_only_the_logits_are_computed():
 
 def test_full_logits_never_exist(monkeypatch):
     monkeypatch.setattr(module, "MAX_LOGITS", 2**15)
-    hidden, weight = torch.randn(4096, 2, requires_grad=True), torch.randn(512, 2, requires_grad=True)  # 8 MiB of logits
+    hidden, weight = (
+        torch.randn(4096, 2, requires_grad=True),
+        torch.randn(512, 2, requires_grad=True),
+    )  # 8 MiB of logits
     with profile(profile_memory=True) as recorded:
         linear_cross_entropy(hidden, weight, None, torch.zeros(4096, dtype=torch.long))[0].backward()
     largest = max(event.cpu_memory_usage for event in recorded.events() if event.name.startswith("aten::"))

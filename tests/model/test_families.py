@@ -20,7 +20,12 @@ FAMILIES = {
     "gemma": ("gemma", {}),
     "gemma2": (
         "gemma2",
-        {"sliding_window": 9, "layer_types": ALTERNATING, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+        {
+            "sliding_window": 9,
+            "layer_types": ALTERNATING,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
     ),
     "gemma3": ("gemma3_text", {"sliding_window": 9, "layer_types": ALTERNATING}),
     "phi3": ("phi3", {"sliding_window": None}),
@@ -127,7 +132,11 @@ def test_a_window_replaces_the_models_own(recipe, ids, width):
 
 
 def test_the_window_is_exported_for_plain_transformers(recipe, saved, ids, tmp_path):
-    model = recipe("mistral", shape={"sliding_window": 9}, attention=SlidingWindowAttention(sliding_window=20)).build().eval()
+    model = (
+        recipe("mistral", shape={"sliding_window": 9}, attention=SlidingWindowAttention(sliding_window=20))
+        .build()
+        .eval()
+    )
     model.save_pretrained(tmp_path)
     plain, tokens = AutoModelForCausalLM.from_pretrained(tmp_path), ids(1, 40)
     assert plain.config.sliding_window == 20

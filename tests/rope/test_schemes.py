@@ -95,7 +95,12 @@ CASES = {  # yaml, fields, length of the input -> frequencies and the factor of 
     "theta": ("theta", {}, 512, (plain(1e7), 1.0)),
     "theta 500k": ("theta", {"rope_theta": 500_000}, 512, (plain(5e5), 1.0)),
     "yarn": ("yarn", {}, 512, yarn(8)),
-    "yarn by 4": ("yarn", {"factor": 4, "beta_fast": 6, "beta_slow": 0.5, "attention_factor": 1.5}, 512, yarn(4, 6, 0.5, 1.5)),
+    "yarn by 4": (
+        "yarn",
+        {"factor": 4, "beta_fast": 6, "beta_slow": 0.5, "attention_factor": 1.5},
+        512,
+        yarn(4, 6, 0.5, 1.5),
+    ),
     "llama3": ("llama3", {}, 512, llama3(8)),
     "llama3 by 5": ("llama3", {"factor": 5, "low_freq_factor": 0.5, "high_freq_factor": 3}, 512, llama3(5, 0.5, 3)),
     "dynamic": ("dynamic", {}, 512, dynamic(8, 512)),
@@ -124,7 +129,9 @@ def test_angles_are_the_papers(model, case):
     positions = torch.arange(length)[None]
     cos, sin = rotary(torch.zeros(1), positions)
     assert rotary.inv_freq.dtype == cos.dtype == torch.float32
-    torch.testing.assert_close(rotary.inv_freq.double(), torch.tensor(frequencies, dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        rotary.inv_freq.double(), torch.tensor(frequencies, dtype=torch.float64), rtol=1e-6, atol=0
+    )
     angles = positions[0, :, None].double() * torch.tensor(frequencies, dtype=torch.float64).repeat(2)
     torch.testing.assert_close(cos[0].double(), factor * angles.cos(), rtol=0, atol=1e-4)
     torch.testing.assert_close(sin[0].double(), factor * angles.sin(), rtol=0, atol=1e-4)
@@ -220,7 +227,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("name", ["linear", "ntk", "dynamic", "yarn", "longrope", "llama3"])
     def test_a_factor_that_is_no_number(self, model, name):
-        with pytest.raises(InputError, match="rope.factor must be at least 1 or auto, got atuo"):
+        with pytest.raises(InputError, match=r"rope.factor must be at least 1 or auto, got atuo"):
             stretched(model, name, factor="atuo")
 
     @pytest.mark.parametrize("theta", [1, 0, -5])

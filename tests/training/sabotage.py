@@ -1,8 +1,9 @@
 """Callbacks that do to a run what the world does: kill it, signal it, poison its weights, fill its disk."""
 
-import errno
 import os
+import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,13 @@ class SignalWhileWriting(Callback):
 
 
 class FullDisk(Callback):
-    """From optimizer step `step` on, `device` (a small file system) has no byte left."""
+    """From optimizer step `step` on, the file system of `folder` has no byte left."""
 
     def __init__(self, *, folder: str, step: int) -> None:
         self.folder, self.step = Path(folder), step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step + 1 == self.step:
-            try:
+            with suppress(OSError):
                 (self.folder / "ballast").write_bytes(bytes(2**24))
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
+            assert not shutil.disk_usage(self.folder).free

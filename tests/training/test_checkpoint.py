@@ -1,4 +1,4 @@
-"""Stopping, failing and going on: nothing is lost but the steps since the last checkpoint, and those come out the same."""
+"""Stopping, failing, going on: only the steps since the last checkpoint are lost, and those come out the same."""
 
 import json
 import os
@@ -62,7 +62,9 @@ def differing(a: Path, b: Path) -> list[str]:
     """The entries of two checkpoints that are not the same to the bit."""
     ours, theirs = flat(load(a)), flat(load(b))
     pairs = {name: (ours.get(name), theirs.get(name)) for name in ours.keys() | theirs.keys()}
-    return sorted(n for n, (x, y) in pairs.items() if not (torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y))
+    return sorted(
+        n for n, (x, y) in pairs.items() if not (torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y)
+    )
 
 
 def lctrain(overrides: list[str]) -> "subprocess.Popen[str]":
@@ -133,7 +135,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of one MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False
+    ).returncode:
         pytest.skip("mounting a small file system takes root")
     yield folder
     subprocess.run(["umount", folder], check=True)
@@ -142,7 +146,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_leaves_the_older_checkpoint(run, small_disk):
     disk, saves = f"callbacks.checkpoint.folder={small_disk}/checkpoints", "callbacks.checkpoint.every_num_steps=2"
     full = sabotage("FullDisk", folder=small_disk, step=3)
-    with pytest.raises(RunError, match="checkpoint of step 4 could not be written to .*No space left on device"):
+    with pytest.raises(RunError, match=r"checkpoint of step 4 could not be written to .*No space left on device"):
         run(disk, saves, *full)
     assert written(small_disk) == [STEPS % 2]
     assert load(small_disk / "checkpoints" / (STEPS % 2))["global_step"] == 2
@@ -195,15 +199,17 @@ def test_a_checkpoint_holds_only_what_trains_and_no_code(run, tmp_path):
     names = list(state["state_dict"])
     assert sum(".lora_" in name for name in names) == 2 * 4 * 2  # A and B, q k v o, layers
     assert all(".lora_" in name or "embed" in name or "norm" in name for name in names)
-    moments = sum(tensor.numel() for entry in state["optimizer_states"][0]["state"].values() for tensor in entry.values())
+    moments = sum(
+        tensor.numel() for entry in state["optimizer_states"][0]["state"].values() for tensor in entry.values()
+    )
     assert moments > sum(tensor.numel() for tensor in state["state_dict"].values())
 
 
 def test_the_random_states_come_back():
     state = rng_state()
-    drawn = random.random(), np.random.rand(), torch.rand(1).item()
+    drawn = random.random(), np.random.random(), torch.rand(1).item()  # noqa: NPY002  the global ones
     restore_rng(state)
-    assert (random.random(), np.random.rand(), torch.rand(1).item()) == drawn
+    assert (random.random(), np.random.random(), torch.rand(1).item()) == drawn  # noqa: NPY002
 
 
 @pytest.mark.parametrize("field", ["num_kept", "every_num_steps", "every_num_minutes"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -85,12 +86,10 @@ def test_a_loss_that_is_nan_stops_before_the_update_and_names_the_batch(run, tmp
     monkeypatch.syspath_prepend(HERE)
     poison = ["+callbacks.poison._target_=sabotage.Poison", "+callbacks.poison.step=4"]
     saves = ["callbacks.checkpoint.every_num_steps=2", "trainer.accumulate_grad_batches=2"]
-    with pytest.raises(RunError) as caught:
-        run(*saves, *poison)
     last = tmp_path / "run/checkpoints/step-00000002.ckpt"
-    assert str(caught.value) == (
-        f"the loss of micro-batch 2/2 of step 4 is nan; nothing was updated, the last checkpoint is {last}"
-    )
+    line = f"the loss of micro-batch 2/2 of step 4 is nan; nothing was updated, the last checkpoint is {last}"
+    with pytest.raises(RunError, match=re.escape(line)):
+        run(*saves, *poison)
     assert [path.name for path in last.parent.iterdir()] == [last.name]
     assert all(tensor.isfinite().all() for tensor in weights(last).values())
     assert [row["step"] for row in read_history(tmp_path / "run/metrics.jsonl")] == [1, 2, 3]

@@ -1,0 +1,88 @@
+import pytest
+import torch
+from transformers import BloomConfig, BloomForCausalLM, FalconConfig, FalconForCausalLM, MptConfig, MptForCausalLM
+
+from lctrain.attention.full import FullAttention
+from lctrain.attention.sliding_window import SlidingWindowAttention
+from lctrain.errors import InputError
+from lctrain.kernels.sdpa import SDPAKernel
+from lctrain.model.install import install
+
+WINDOW = SlidingWindowAttention(sliding_window=4)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        (
+            BloomForCausalLM,
+            BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4, bos_token_id=0, eos_token_id=1),
+        ),
+        (MptForCausalLM, MptConfig(vocab_size=64, d_model=32, n_layers=1, n_heads=4)),
+        (FalconForCausalLM, FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)),
+    ],
+)
+def test_a_model_without_the_interface_is_refused_by_name(model_class, config):
+    with pytest.raises(
+        InputError, match=f"{model_class.__name__} does not use transformers' attention interface; Sliding"
+    ):
+        install(model_class(config), WINDOW)
+
+
+def test_a_softmax_with_more_in_it_is_refused(tiny, ids):
+    """gpt-oss learns one sink per head; dropped, the logits would quietly be wrong."""
+    model = tiny("gpt_oss", num_local_experts=2, num_experts_per_tok=1)
+    install(model, FullAttention())
+    with pytest.raises(InputError, match="GptOssAttention has s_aux in its softmax"):
+        model(input_ids=ids(1, 8))
+
+
+def test_a_model_that_tells_no_positions_is_refused(tiny, ids):
+    model = tiny("gpt_bigcode", n_embd=32, n_layer=1, n_head=4, attn_pdrop=0.0)
+    install(model, WINDOW)
+    with pytest.raises(InputError, match="hands no position_ids to its attention"):
+        model(input_ids=ids(1, 8))
+
+
+def test_attention_dropout_is_refused(tiny, ids):
+    model = tiny("llama", attention_dropout=0.1).train()
+    install(model, WINDOW)
+    with pytest.raises(InputError, match="no dropout; set attention_dropout to 0"):
+        model(input_ids=ids(1, 8))
+
+
+def test_a_kernel_that_cannot_run_is_refused(tiny):
+    with pytest.raises(InputError, match="kernel=sdpa can't cap attention scores"):
+        install(tiny("gemma2"), FullAttention(), "sdpa")
+    with pytest.raises(InputError, match="no kernel 'fast'"):
+        install(tiny("llama"), FullAttention(), "fast")
+
+
+def test_models_with_different_methods_live_side_by_side(tiny, ids):
+    tokens = ids(1, 20)
+    plain, full, window = tiny("llama"), tiny("llama"), tiny("llama")
+    install(full, FullAttention())
+    install(window, WINDOW)
+    logits = [model(input_ids=tokens).logits for model in (plain, full, window)]
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+    assert (logits[2] - logits[0]).abs().max() > 1e-2
+    install(window, FullAttention())
+    assert torch.equal(window(input_ids=tokens).logits, logits[1])
+
+
+def test_the_implementations_name_stays_out_of_the_saved_config(tiny, tmp_path):
+    model = tiny("llama")
+    install(model, WINDOW)
+    model.save_pretrained(tmp_path)
+    assert "lctrain" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_mask_is_prepared_once_for_all_layers_of_a_forward(tiny, ids, monkeypatch):
+    prepare, calls = SDPAKernel.prepare, []
+    monkeypatch.setattr(SDPAKernel, "prepare", lambda self, *args: (calls.append(1), prepare(self, *args))[1])
+    for widths, expected in ((4, 1), ([4, 8, 4, 8], 2)):
+        calls.clear()
+        model = tiny("llama", num_hidden_layers=4)
+        install(model, SlidingWindowAttention(sliding_window=widths))
+        model(input_ids=ids(1, 20))
+        assert len(calls) == expected

@@ -1,0 +1,174 @@
+"""What is exported is the model that was trained, and plain transformers runs it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Callback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from lctrain.errors import InputError
+from lctrain.export import export
+
+IDS = torch.randint(3, 64, (2, 64), generator=torch.Generator().manual_seed(1))
+
+
+class Logits(Callback):
+    """What the trained model itself says, behind the last step of the last run."""
+
+    last: torch.Tensor
+
+    def on_train_end(self, trainer, pl_module):
+        pl_module.model.eval()
+        with torch.no_grad():
+            positions = torch.arange(IDS.shape[1]).expand_as(IDS)
+            type(self).last = pl_module.model(input_ids=IDS, position_ids=positions, use_cache=False).logits
+
+
+@pytest.fixture
+def trained(run):
+    """Trains two steps, enough to move every parameter that trains."""
+    logits = f"+callbacks.logits._target_={__name__}.Logits"
+    return lambda *overrides: run(logits, "trainer.max_steps=2", "optimizer.lr=0.05", *overrides)
+
+
+@pytest.fixture
+def reloaded(tmp_path):
+    """Exports `tmp_path/run` and loads that in plain transformers: model, folder."""
+
+    def reload(**options):
+        folder = export(str(tmp_path / "run"), "auto", str(tmp_path / "out"), **options)
+        return AutoModelForCausalLM.from_pretrained(folder).eval(), folder
+
+    return reload
+
+
+def same_logits(model):
+    with torch.no_grad():
+        return torch.allclose(model(input_ids=IDS).logits.float(), Logits.last, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora", "longlora", "modules"])
+@pytest.mark.parametrize("rope", ["none", "yarn", "ntk", "dynamic", "linear", "longrope", "llama3", "theta"])
+def test_plain_transformers_gives_the_logits_of_the_trained_model(trained, reloaded, saved, tuning, rope):
+    trained(f"tuning={tuning}", f"rope={rope}")
+    model, _ = reloaded()
+    assert same_logits(model)
+    base = AutoModelForCausalLM.from_pretrained(saved("llama", max_position_embeddings=32))
+    assert not same_logits(base.eval())
+
+
+NARROWER = ["attention=sliding_window", "attention.sliding_window=9"]
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [("mistral", []), ("mistral", NARROWER), ("gemma2", []), ("gemma3_text", []), ("gemma3_text", NARROWER)],
+)
+def test_a_models_own_window_and_the_chosen_one_are_exported(trained, reloaded, saved, family, overrides):
+    base = saved(family, sliding_window=24, max_position_embeddings=32)
+    trained(f"model.path={base}", *overrides)
+    model, _ = reloaded()
+    assert model.config.sliding_window == (9 if overrides else 24)
+    assert same_logits(model)
+
+
+def test_the_rope_is_in_the_config(trained, reloaded):
+    trained("rope=yarn")
+    _, folder = reloaded()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_parameters"]["rope_type"] == "yarn"
+    assert config["rope_parameters"]["factor"] == 2
+    assert config["rope_parameters"]["original_max_position_embeddings"] == 32
+    assert (config["max_position_embeddings"], config["use_cache"]) == (64, True)
+    assert "lctrain" not in (folder / "config.json").read_text()  # no attention implementation of ours
+
+
+def test_a_resumed_run_exports_what_it_ended_with(run, trained, reloaded):
+    longer = ["tuning=longlora", "rope=yarn", "scheduler.num_steps=4"]
+    run(*longer, "trainer.max_steps=1", "optimizer.lr=0.05")
+    trained(*longer, "resume=auto")
+    assert same_logits(reloaded()[0])
+
+
+def test_an_earlier_checkpoint_can_be_exported(trained, tmp_path):
+    trained("tuning=lora", "callbacks.checkpoint.every_num_steps=1")
+    path = tmp_path / "run/checkpoints/step-00000001.ckpt"
+    folder = export(str(tmp_path / "run"), str(path), str(tmp_path / "first"))
+    assert not same_logits(AutoModelForCausalLM.from_pretrained(folder).eval())
+    assert path.name in (folder / "README.md").read_text()
+
+
+def test_the_folder_is_whole(trained, reloaded, saved):
+    trained("tuning=lora", "attention=streaming", "attention.num_sink_tokens=2", "attention.recent_size=8")
+    model, folder = reloaded()
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "lctrain.yaml"} <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".partial"))]
+    readme = (folder / "README.md").read_text()
+    assert "StreamingAttention" in readme
+    assert "64 tokens" in readme
+    base = AutoTokenizer.from_pretrained(saved("llama", max_position_embeddings=32))
+    assert AutoTokenizer.from_pretrained(folder)("w5 w9 w11")["input_ids"] == base("w5 w9 w11")["input_ids"]
+    out = model.generate(IDS[:1, :40], max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert out.shape == (1, 44)
+
+
+def test_the_dtype_is_that_of_the_training_or_the_one_asked_for(trained, reloaded):
+    trained("tuning=lora", "model.dtype=float32")
+    assert reloaded()[0].dtype == torch.float32
+    model, folder = reloaded(dtype="bfloat16")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert AutoConfig.from_pretrained(folder).dtype == torch.bfloat16
+
+
+def test_an_earlier_export_is_replaced_and_a_foreign_folder_is_not(trained, reloaded, tmp_path):
+    trained()
+    _, folder = reloaded()
+    (folder / "stale").write_text("")
+    reloaded()
+    assert not (folder / "stale").exists()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("years")
+    with pytest.raises(InputError, match=f"output={foreign} exists and is not an earlier export"):
+        export(str(tmp_path / "run"), "auto", str(foreign))
+    assert (foreign / "thesis.tex").read_text() == "years"
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(trained, reloaded, monkeypatch, tmp_path):
+    trained()
+    _, folder = reloaded()
+    before = (folder / "model.safetensors").read_bytes()
+
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", refuse)
+        with pytest.raises(OSError, match="No space left"):
+            reloaded()
+    assert (folder / "model.safetensors").read_bytes() == before
+    reloaded()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_what_cannot_be_exported_is_named(trained, tmp_path):
+    run_dir, out = str(tmp_path / "run"), str(tmp_path / "out")
+    with pytest.raises(InputError, match=r"run_dir=.*run holds no config.yaml"):
+        export(run_dir, "auto", out)
+    trained("tuning=lora")
+    with pytest.raises(InputError, match="dtype=float31 is not a torch dtype"):
+        export(run_dir, "auto", out, "float31")
+    with pytest.raises(InputError, match="checkpoint=nowhere is missing or not whole"):
+        export(run_dir, "nowhere", out)
+    checkpoint = Path(run_dir, "checkpoints/step-00000002.ckpt")
+    trained("tuning=modules", f"run_dir={tmp_path}/other")
+    with pytest.raises(InputError, match="does not belong to"):
+        export(str(tmp_path / "other"), str(checkpoint), out)
+    shutil.rmtree(Path(run_dir, "checkpoints"))
+    with pytest.raises(InputError, match="holds no whole checkpoint"):
+        export(run_dir, "auto", out)
+    assert not Path(out).exists()

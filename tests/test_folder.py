@@ -1,0 +1,102 @@
+"""One process in a folder, and only whole checkpoints out of it."""
+
+import random
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from lctrain.errors import InputError
+from lctrain.folder import RunFolder, is_whole, whole_checkpoints
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """With three checkpoints."""
+    found = RunFolder(tmp_path)
+    found.checkpoints.mkdir()
+    for step in (1, 2, 3):
+        torch.save({"step": step, "weights": torch.ones(1000)}, found.checkpoints / f"step-{step:08d}.ckpt")
+    return found
+
+
+def names(paths):
+    return [path.stem for path in paths]
+
+
+def test_what_resume_means(folder, tmp_path):
+    newest = folder.checkpoints / "step-00000003.ckpt"
+    assert folder.resume_from("auto") == newest
+    assert folder.resume_from(str(newest)) == newest
+    empty = RunFolder(tmp_path / "empty")
+    assert empty.resume_from("auto") is None
+    assert empty.resume_from("never") is None
+    assert empty.resume_from(str(newest)) == newest
+    assert not empty.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("resume", "line"),
+    [
+        ("never", "already holds a run; add resume=auto to go on with it, or choose another run_dir"),
+        ("nowhere.ckpt", "resume=nowhere.ckpt is not a whole checkpoint; use a checkpoint's path, auto or never"),
+        ("{}/checkpoints", "is not a whole checkpoint"),
+        ("{}/checkpoints/step-00000002.ckpt", "already holds a run that is past"),
+    ],
+)
+def test_a_resume_that_would_lose_something_is_refused(folder, resume, line):
+    with pytest.raises(InputError, match=line):
+        folder.resume_from(resume.format(folder.path))
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.999])
+def test_a_truncated_newest_gives_way_to_the_one_before(folder, keep, caplog):
+    newest = folder.checkpoints / "step-00000003.ckpt"
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[: keep if isinstance(keep, int) else int(keep * len(whole))])
+    assert folder.resume_from("auto").stem == "step-00000002"
+    assert f"{newest} is broken and skipped" in caplog.text
+
+
+def test_a_changed_byte_is_never_taken_for_what_was_written(folder):
+    path = folder.checkpoints / "step-00000003.ckpt"
+    whole, chance = path.read_bytes(), random.Random(0)
+    expected = torch.load(path, weights_only=True)["weights"]
+    num_broken = 0
+    for _ in range(300):
+        at = chance.randrange(len(whole))
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1 :])
+        if not is_whole(path):
+            num_broken += 1
+            continue
+        with suppress(RuntimeError):  # a field that only torch reads
+            assert torch.equal(torch.load(path, weights_only=True)["weights"], expected)
+    assert num_broken > 200
+
+
+def test_unfinished_and_foreign_files_are_no_checkpoints(folder):
+    for name in ("step-00000004.partial", "last.ckpt", "notes.txt"):
+        (folder.checkpoints / name).write_bytes(b"x")
+    assert names(whole_checkpoints(folder.checkpoints)) == ["step-00000001", "step-00000002", "step-00000003"]
+
+
+def test_a_second_process_is_refused_until_the_first_has_ended_however(tmp_path):
+    hold = "import sys, time; from lctrain.folder import RunFolder; f = RunFolder(sys.argv[1]); f.acquire(); print('held', flush=True); time.sleep(60)"
+    first = subprocess.Popen([sys.executable, "-c", hold, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"another process is running in {tmp_path}/run; choose another run_dir"):
+            RunFolder(tmp_path / "run").acquire()
+    finally:
+        first.kill()
+        first.wait()
+    RunFolder(tmp_path / "run").acquire()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/run"):
+        RunFolder(Path(tmp_path / "file" / "run")).acquire()
