@@ -5,7 +5,7 @@ import warnings
 
 def quiet() -> None:
     """No bars for reading and writing shards, no deprecations between libraries. Downloads keep their bars."""
-    from huggingface_hub.utils import enable_progress_bars
+    from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import cast
 
 import torch
 from hydra.utils import instantiate
@@ -23,7 +24,8 @@ def export(run_dir: str, checkpoint: str, output: str, dtype: str = "auto") -> P
     """Merge the adapters of a checkpoint (a path, or auto for the newest whole one) into `output`; returns it.
 
     The folder holds safetensors, the config with the stretched positions, the tokenizer, and a README with the recipe.
-    Weights keep the dtype they were trained in, unless `dtype` names another. It is written beside its final name and renamed. Raises InputError where there is nothing to export.
+    Weights keep the dtype they were trained in, unless `dtype` names another. It is written beside its final name and
+    renamed. Raises InputError where there is nothing to export.
     """
     folder, target = RunFolder(run_dir), Path(output)
     if not folder.config.is_file():
@@ -33,7 +35,7 @@ def export(run_dir: str, checkpoint: str, output: str, dtype: str = "auto") -> P
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise InputError(f"dtype={dtype} is not a torch dtype; use auto, float32 or bfloat16")
     path = _checkpoint(folder, checkpoint)
-    cfg = OmegaConf.load(folder.config)
+    cfg = cast(DictConfig, OmegaConf.load(folder.config))
     recipe = instantiate(cfg.model, _convert_="all")
     model = recipe.build()
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
@@ -71,7 +73,8 @@ def _readme(cfg: DictConfig, checkpoint: Path) -> str:
     return (
         f"# {cfg.model.get('path', 'a model')} at {cfg.sequence_length:,} tokens\n\n"
         f"Adapted with lctrain, checkpoint {checkpoint.name}. Loads in plain transformers:\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(folder)\n```\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM\n\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder)\n```\n\n"
         f"Trained with `{cfg.attention._target_}`; this folder runs the architecture's own attention.\n\n"
         f"The whole recipe is in {RECIPE}.\n"
     )

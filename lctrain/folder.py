@@ -31,14 +31,18 @@ class RunFolder:
         found = whole_checkpoints(self.checkpoints)
         if resume == "never":
             if found:
-                raise InputError(f"{self.path} already holds a run; add resume=auto to go on with it, or choose another run_dir")
+                raise InputError(
+                    f"{self.path} already holds a run; add resume=auto to go on with it, or choose another run_dir"
+                )
             return None
         if resume == "auto":
             return found[-1] if found else None
         if not Path(resume).is_file() or not is_whole(Path(resume)):
             raise InputError(f"resume={resume} is not a whole checkpoint; use a checkpoint's path, auto or never")
         if found and not found[-1].samefile(resume):
-            raise InputError(f"{self.path} already holds a run that is past {resume}; choose another run_dir to go back to it")
+            raise InputError(
+                f"{self.path} already holds a run that is past {resume}; choose another run_dir to go back to it"
+            )
         return Path(resume)
 
     def acquire(self) -> None:

@@ -39,7 +39,7 @@ class MaskedAttention(ABC):
     def visible(self, layout: Layout) -> MaskMod:
         """The pattern of one layer as a function of positions."""
 
-    def check(self, config: PreTrainedConfig, lengths: list[int]) -> None:
+    def check(self, config: PreTrainedConfig, lengths: list[int]) -> None:  # noqa: B027 - most patterns fit always
         """Raise InputError if the pattern does not fit the model, or rows of these lengths (ascending)."""
 
     def layer_group(self, layer_idx: int) -> Hashable:
@@ -47,7 +47,7 @@ class MaskedAttention(ABC):
         return None
 
     def adapt_config(self, config: PreTrainedConfig) -> str | None:
-        """Write into the model's config what plain transformers can reproduce; returns what was replaced, to be logged."""
+        """Write into the config what plain transformers can reproduce; returns what was replaced, for the log."""
         return None
 
     def heads_differ(self, layout: Layout) -> bool:

@@ -10,7 +10,7 @@ from lctrain.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class ShiftedSparseAttention(MaskedAttention):
-    """Attention inside groups; half the heads use groups shifted by half a group (LongLoRA, Chen et al., arXiv:2309.12307).
+    """Attention inside groups, for half the heads shifted by half a group (LongLoRA, Chen et al., arXiv:2309.12307).
 
     With group size G, position p of an unshifted head belongs to group floor(p / G), of a shifted head to
     floor((p + G/2) / G). Give either `group_size` in tokens or `group_size_ratio` of the row's length.
@@ -53,8 +53,8 @@ class ShiftedSparseAttention(MaskedAttention):
                 f"{config.num_key_value_heads}; choose another attention"
             )
         for length in lengths:
-            size = length * self.group_size_ratio if self.group_size_ratio is not None else self.group_size
-            if size != int(size) or length % int(size) or (self.group_size_ratio != 1 and int(size) % 2):
+            size = self._exact_size(length)
+            if size != int(size) or size < 1 or length % int(size) or (self.group_size_ratio != 1 and int(size) % 2):
                 raise InputError(
                     f"a sequence of {length} tokens is not divisible into even groups of {size:g}; "
                     "change attention.group_size_ratio, attention.group_size or the sequence lengths"
@@ -63,8 +63,9 @@ class ShiftedSparseAttention(MaskedAttention):
     def heads_differ(self, layout: Layout) -> bool:
         return self.group_size_ratio != 1
 
+    def _exact_size(self, length: int) -> float:
+        # Rounded far below one token: 0.07 * 100 is 7.000000000000001 in floating point.
+        return self.group_size or round(length * (self.group_size_ratio or 0), 6)
+
     def _size(self, length: int) -> int:
-        if self.group_size is not None:
-            return self.group_size
-        assert self.group_size_ratio is not None
-        return max(2, int(length * self.group_size_ratio))
+        return max(2, int(self._exact_size(length)))

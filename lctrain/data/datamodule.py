@@ -67,7 +67,7 @@ class LongContextData(lightning.LightningDataModule):
         train, heldout = self.train_documents, self.unseen_documents
         if not len(heldout) or not len(train):
             raise InputError(
-                f"of {len(self.table.lengths)} documents {len(train)} are left to train on and {len(heldout)} are held out; "
+                f"of {len(self.table.lengths)} documents {len(train)} left to train on, {len(heldout)} held out; "
                 f"give more documents or change datamodule.heldout_fraction={self.heldout_fraction}"
             )
         if stage == "fit":

@@ -7,18 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lctrain.errors import InputError
 from lctrain.evaluation.base import Advance, Result, Task, Tokens
+from lctrain.model.head import check_head, hidden_states, token_losses
 
 Sums = NDArray[np.float64]
-
-MAX_LOGITS = 2**26
-"""Logits held at once: 2**26 * 4 bytes = 256 MiB in fp32, whatever the length and the vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +72,7 @@ class Perplexity(Task):
     ) -> Result:
         self.check(documents)
         texts = self.texts(documents)
-        check_head(model, texts[0][:8])
+        check_head(model)
         scores = {length: self.score(model, texts, length, advance) for length in self.context_lengths}
         nll = {str(length): sums.sum() / counts.sum() for length, (sums, counts) in scores.items()}
         num_tokens = sum(len(text) - 1 for text in texts)
@@ -97,7 +94,7 @@ class Perplexity(Task):
         for i in range(0, len(jobs), self.rows(length)):
             batch = jobs[i : i + self.rows(length)]
             ids = np.stack([text[start : start + length + 1] for text, start, _ in batch])
-            losses_BL = token_losses(model, to_device(ids, model)).cpu().double().numpy()
+            losses_BL = window_losses(model, to_device(ids, model)).cpu().double().numpy()
             scored_BL = np.arange(length) >= np.array([[first] for _, _, first in batch])
             sums += (losses_BL * scored_BL).sum(0)
             counts += scored_BL.sum(0)
@@ -127,32 +124,8 @@ def to_device(ids: Tokens, model: PreTrainedModel) -> Tensor:
     return torch.from_numpy(ids.astype(np.int64)).to(model.device)
 
 
-def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Negative log-likelihood in fp32 [B, L] of all but the first token of `ids` [B, L + 1], without full logits."""
+def window_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Negative log-likelihood in fp32 [B, L] of each token of `ids` [B, L + 1] but the first."""
     inputs_BL, labels_BL = ids[:, :-1], ids[:, 1:]
     position_ids = torch.arange(inputs_BL.shape[1], device=ids.device).expand_as(inputs_BL)
-    output = model.get_decoder()(input_ids=inputs_BL, position_ids=position_ids, use_cache=False)
-    hidden_ND, labels_N = output.last_hidden_state.flatten(0, 1), labels_BL.flatten()
-    tile = max(1, MAX_LOGITS // model.get_output_embeddings().out_features)
-    tiles = zip(hidden_ND.split(tile), labels_N.split(tile), strict=True)
-    losses_N = torch.cat([F.cross_entropy(logits(model, hidden), labels, reduction="none") for hidden, labels in tiles])
-    return losses_N.view(labels_BL.shape)
-
-
-def logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits in fp32 as the model itself would give them, soft cap included (Gemma 2)."""
-    values: Tensor = model.get_output_embeddings()(hidden).float()
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return values if softcap is None else softcap * torch.tanh(values / softcap)
-
-
-def check_head(model: PreTrainedModel, ids: Tokens) -> None:
-    """Refuse a model that does more to its logits than `logits` knows of (a scale, say): perplexity would be wrong."""
-    inputs = to_device(ids[None], model)
-    ours = logits(model, model.get_decoder()(input_ids=inputs, use_cache=False).last_hidden_state)
-    theirs = model(input_ids=inputs, use_cache=False).logits.float()
-    if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item(), equal_nan=True):
-        raise InputError(
-            f"{type(model).__name__} changes its logits in a way perplexity cannot reproduce tile by tile:"
-            " leave it out with evaluation=passkey"
-        )
+    return token_losses(model, hidden_states(model, inputs_BL, position_ids), labels_BL)[1].view(labels_BL.shape)

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lctrain.config import public
+from lctrain.errors import InputError
 from lctrain.evaluation.base import Result, Task, Tokens
 from lctrain.evaluation.report import log_media, table, write_report
 from lctrain.folder import RunFolder
@@ -36,8 +37,16 @@ class Training(Protocol):
 
 
 def main(cfg: DictConfig) -> None:
-    """`lctrain evaluate`."""
-    RunFolder(cfg.run_dir).acquire()
+    """`lctrain evaluate`. Raises InputError before anything is written."""
+    folder = RunFolder(cfg.run_dir)
+    if (folder.path / "report.json").exists():
+        raise InputError(f"{folder.path} already holds a report; choose another run_dir")
+    recipe = _plain(cfg, cfg.model.path)
+    recipe.check([cfg.sequence_length])
+    documents = _documents(cfg, recipe)
+    for task in instantiate(cfg.evaluation, _convert_="all").values():
+        task.check(documents)
+    folder.acquire()
     report(cfg, {"model": cfg.model.path})
 
 
@@ -47,10 +56,9 @@ def report(cfg: DictConfig, folders: Mapping[str, str], training: Training | Non
     results = {}
     for label, path in folders.items():
         recipe = _plain(cfg, path)
-        recipe.check([cfg.sequence_length])
-        datamodule = instantiate(cfg.datamodule, tokenizer=recipe.tokenizer, _convert_="all")
-        model = recipe.build().to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        results[label] = evaluate(model, recipe.tokenizer, datamodule.heldout_documents(), tasks, label=label)
+        model: Any = recipe.build().eval()
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        results[label] = evaluate(model, recipe.tokenizer, _documents(cfg, recipe), tasks, label=label)
         del model
         gc.collect()
     told: dict[str, Any] = {}
@@ -62,6 +70,12 @@ def report(cfg: DictConfig, folders: Mapping[str, str], training: Training | Non
             log_media(logger.experiment, Path(cfg.run_dir), results)
     Console().print(table(results))
     print(f"report.json, pictures and more in {cfg.run_dir}")
+
+
+def _documents(cfg: DictConfig, recipe: PretrainedModel) -> list[Tokens]:
+    datamodule = instantiate(cfg.datamodule, tokenizer=recipe.tokenizer, _convert_="all")
+    documents: list[Tokens] = datamodule.heldout_documents()
+    return documents
 
 
 def _plain(cfg: DictConfig, path: str) -> PretrainedModel:

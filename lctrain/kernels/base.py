@@ -47,4 +47,4 @@ class Kernel(ABC):
     def attend(
         self, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, prepared: Any, *, scaling: float, softcap: float | None
     ) -> Tensor:
-        """softmax(softcap(scaling · q kᵀ) + mask) v, [B, H, L, D]. Keys and values are never repeated over query heads."""
+        """softmax(softcap(scaling · q kᵀ) + mask) v, [B, H, L, D]. Keys and values are never repeated."""

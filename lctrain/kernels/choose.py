@@ -11,7 +11,9 @@ from lctrain.kernels.sdpa import SDPAKernel
 KERNELS: dict[str, type[Kernel]] = {"flex": FlexKernel, "sdpa": SDPAKernel, "reference": ReferenceKernel}
 
 
-def choose(name: str, *, plain_causal: bool, softcap: float | None, device_type: str | None = None) -> tuple[str, Kernel]:
+def choose(
+    name: str, *, plain_causal: bool, softcap: float | None, device_type: str | None = None
+) -> tuple[str, Kernel]:
     """The kernel called `name`; `auto` takes sdpa on CPU or for plain causal attention, flex for patterns on CUDA.
 
     Raises InputError for a choice that can't run, instead of running something else.

@@ -15,6 +15,7 @@ def _compiled(softcap: float | None) -> Any:
     """One compiled function per softcap; shapes are static because a curriculum has few of them."""
 
     def cap(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
     def run(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scaling: float) -> Any:

@@ -16,7 +16,7 @@ class _TiledLinearCrossEntropy(torch.autograd.Function):
     """The gradients of a sum are known up to one scalar, so forward computes them while a tile's logits are there."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
         wanted = ctx.needs_input_grad[:3]
@@ -50,7 +50,7 @@ class _TiledLinearCrossEntropy(torch.autograd.Function):
         return losses_N.sum(), losses_N
 
     @staticmethod
-    def backward(ctx: Any, d_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return *(None if g is None else (g * d_sum).to(dtype) for g, dtype in gradients), None, None
 

@@ -13,7 +13,14 @@ class ReferenceKernel(Kernel):
         return shape.evaluate(mask_mod, slice(0, shape.q_length), slice(0, shape.kv_length))
 
     def attend(
-        self, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, prepared: Tensor | None, *, scaling: float, softcap: float | None
+        self,
+        q_BHLD: Tensor,
+        k_BKSD: Tensor,
+        v_BKSD: Tensor,
+        prepared: Tensor | None,
+        *,
+        scaling: float,
+        softcap: float | None,
     ) -> Tensor:
         L, S = q_BHLD.shape[2], k_BKSD.shape[2]
         mask = prepared if prepared is not None else q_BHLD.new_ones(1, 1, L, S, dtype=torch.bool).tril(S - L)

@@ -56,7 +56,9 @@ class SDPAKernel(Kernel):
         softcap: float | None,
     ) -> Tensor:
         if prepared is None:
-            return F.scaled_dot_product_attention(q_BHLD, k_BKSD, v_BKSD, is_causal=True, scale=scaling, enable_gqa=True)
+            return F.scaled_dot_product_attention(
+                q_BHLD, k_BKSD, v_BKSD, is_causal=True, scale=scaling, enable_gqa=True
+            )
         rows: dict[int, list[Tensor]] = {}
         for tile in prepared:
             k, v = (x[:, tile.kv_heads, tile.kv] for x in (k_BKSD, v_BKSD))

@@ -36,7 +36,7 @@ def token_losses(model: PreTrainedModel | PeftModel, hidden_BLD: Tensor, labels_
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel | PeftModel) -> None:
-    """Refuse a model that does more to its logits than `token_losses` knows of (a scale, say): losses would be wrong."""
+    """Refuse a model that does more to its logits than `token_losses` knows of: its losses would be wrong."""
     base, training = unwrap(model), model.training
     base.eval()
     ids = torch.arange(8, device=base.device)[None]

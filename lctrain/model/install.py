@@ -26,14 +26,14 @@ _SCORE_TERMS = ("s_aux", "sinks", "position_bias", "indices", "block_indices")  
 
 @dataclass(frozen=True)
 class _Mask:
-    """What transformers knows of a forward's mask. One object per forward and layer type, so what it caches dies with it."""
+    """What transformers knows of a forward's mask, and what was prepared from it: one per forward and layer type."""
 
     batch: int
     q_length: int
     kv_length: int
     q_offset: int
     kv_offset: int
-    mask_function: Callable[..., Tensor]  # causality, the model's own window, packed documents
+    mask_function: Callable[..., Any]  # causality, the model's own window, packed documents
     padding_BS: Tensor | None  # True where a key is a token
     positions_BS: Tensor | None  # of keys among the row's tokens; given with padding
     prepared: dict[Any, Any] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class _Mask:
 
         def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             row = b * 0 if one_row else b
-            mask = self.mask_function(b, h, q_idx + q_offset, kv_idx + kv_offset)
+            mask: Tensor = self.mask_function(b, h, q_idx + q_offset, kv_idx + kv_offset)
             mask = mask & visible(b, h, q_pos[row, q_idx], kv_pos[row, kv_idx])
             if padding is not None:  # a padding query sees padding, so that no row of the softmax is empty
                 mask = mask & (padding[b, q_idx + (q_offset - kv_offset)] == padding[b, kv_idx])
@@ -80,7 +80,7 @@ class _Installed:
         kv_length: int,
         q_offset: int = 0,
         kv_offset: int = 0,
-        mask_function: Callable[..., Tensor] = causal_mask_function,
+        mask_function: Callable[..., Any] = causal_mask_function,
         attention_mask: Tensor | None = None,
         **_: Any,
     ) -> _Mask:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -103,7 +103,7 @@ class ModelRecipe(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainedModel(ModelRecipe):
-    """A causal LM from a local folder or a hub id. Weights are safetensors and no code of the folder runs, unless asked.
+    """A causal LM from a local folder or a hub id. Weights are safetensors and none of its code runs, unless asked.
 
     `architecture` is the published shape of a hub model, to plan with where the hub is out of reach; a loaded model
     that differs from it is refused.
@@ -118,16 +118,19 @@ class PretrainedModel(ModelRecipe):
     def base_config(self) -> PreTrainedConfig:
         if self.architecture is not None and not self._is_local():
             return AutoConfig.for_model(**self.architecture)
-        self._check_folder()
-        try:
-            return AutoConfig.from_pretrained(self.path, revision=self.revision, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise InputError(f"model.path={self.path}: {_first_line(error)}") from error
+        return self._published_config()
+
+    def build(self) -> PreTrainedModel | PeftModel:
+        published = self._published_config() if self.architecture else None
+        for key, value in (self.architecture or {}).items():
+            if getattr(published, key, value) != value:
+                raise InputError(f"model.architecture.{key} is {value}, but {self.path} has {getattr(published, key)}")
+        return super().build()
 
     def load(self, config: PreTrainedConfig) -> PreTrainedModel:
         self._check_weights()
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.path,
                 config=config,
                 dtype=self.torch_dtype(config),
@@ -139,19 +142,17 @@ class PretrainedModel(ModelRecipe):
             )
         except (OSError, SafetensorError) as error:
             raise InputError(f"model.path={self.path}: {_first_line(error)}") from error
+        model, info = loaded
         if info["missing_keys"] or info["mismatched_keys"]:
             lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
             raise InputError(f"model.path={self.path}: weights missing or of another shape: {', '.join(lacking[:3])} …")
-        for key, value in (self.architecture or {}).items():
-            if key != "model_type" and getattr(config, key, value) != value:
-                raise InputError(f"model.architecture.{key} is {value}, but {self.path} has {getattr(config, key)}")
-        return model  # type: ignore[no-any-return]
+        return cast(PreTrainedModel, model)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         self._check_folder()
         try:
-            return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
+            return AutoTokenizer.from_pretrained(
                 self.path, revision=self.revision, trust_remote_code=self.trust_remote_code
             )
         except (OSError, ValueError) as error:
@@ -160,6 +161,16 @@ class PretrainedModel(ModelRecipe):
     def check(self, lengths: Sequence[int]) -> None:
         self._check_weights()
         super().check(lengths)
+
+    def _published_config(self) -> PreTrainedConfig:
+        self._check_folder()
+        try:
+            config = AutoConfig.from_pretrained(
+                self.path, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(f"model.path={self.path}: {_first_line(error)}") from error
+        return cast(PreTrainedConfig, config)
 
     def _is_local(self) -> bool:
         return Path(self.path).exists() or self.path.startswith((".", "/", "~")) or self.path.count("/") > 1
@@ -188,7 +199,7 @@ class PretrainedModel(ModelRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class ScratchModel(ModelRecipe):
-    """Random weights of a given shape, to pretrain. `architecture` holds a transformers config, `model_type` included."""
+    """Random weights of a given shape, to pretrain. `architecture` is a transformers config, `model_type` included."""
 
     architecture: Mapping[str, Any]
     tokenizer_path: str
@@ -198,12 +209,12 @@ class ScratchModel(ModelRecipe):
         return AutoConfig.for_model(**{**self.architecture, **special, "vocab_size": len(self.tokenizer)})
 
     def load(self, config: PreTrainedConfig) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_config(config, dtype=self.torch_dtype(config))  # type: ignore[no-any-return]
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=self.torch_dtype(config)))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         try:
-            return AutoTokenizer.from_pretrained(self.tokenizer_path)  # type: ignore[no-any-return]
+            return AutoTokenizer.from_pretrained(self.tokenizer_path)
         except (OSError, ValueError) as error:
             raise InputError(f"model.tokenizer_path={self.tokenizer_path}: {_first_line(error)}") from error
 

@@ -25,7 +25,7 @@ def device_peak_flops(device: torch.device) -> float:
 
 @lru_cache(maxsize=1)
 def _measured_flops(device: torch.device) -> float:
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     matrix = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(5):
@@ -90,4 +90,4 @@ def attention_flops(config: Any, method: MaskedAttention, length: int) -> float:
         if group not in groups:
             groups[group] = visible_keys(method, config, length, layer)
         keys += groups[group]
-    return 4 * config.num_attention_heads * head_dim * keys
+    return float(4 * config.num_attention_heads * head_dim * keys)

@@ -142,14 +142,14 @@ def _loss(model: PreTrainedModel, hidden: Tensor, autocast: bool, storages: "_St
     if num_tokens <= 3 * tile:
         return most(num_tokens)
     two, three = most(2 * tile), most(3 * tile)
-    return two + (three - two) * (num_tokens - 2 * tile) // tile
+    return int(two + (three - two) * (num_tokens - 2 * tile) // tile)
 
 
 class _Storages(TorchDispatchMode):
     """Counts the bytes of all storages that operations return, for as long as they live."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live: int = 0
         self.peak: int = 0
         self._known: set[int] = set()
@@ -205,7 +205,7 @@ class _FusedAttention(torch.autograd.Function):
         return out_BHLD
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 

@@ -9,7 +9,7 @@ from lctrain.rope.base import RopeContext, RopeScheme
 
 @dataclass(frozen=True, kw_only=True)
 class BaseChange(RopeScheme):
-    """A given `rope_theta` (adjusted base frequency, Xiong et al., arXiv:2309.16039), as Code Llama and ProLong use it."""
+    """A given `rope_theta` (adjusted base frequency, Xiong et al., arXiv:2309.16039), as in Code Llama and ProLong."""
 
     rope_theta: float
 

@@ -33,4 +33,6 @@ class YaRN(RopeScheme):
             "beta_fast": float(self.beta_fast),
             "beta_slow": float(self.beta_slow),
         }
-        return parameters | ({} if self.attention_factor is None else {"attention_factor": float(self.attention_factor)})
+        return parameters | (
+            {} if self.attention_factor is None else {"attention_factor": float(self.attention_factor)}
+        )

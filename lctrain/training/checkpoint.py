@@ -33,7 +33,9 @@ class Checkpoint(Callback):
             if value is not None and value < 1:
                 raise InputError(f"callbacks.checkpoint.{name} must be at least 1, got {value}")
         if every_num_minutes is not None and every_num_minutes <= 0:
-            raise InputError(f"callbacks.checkpoint.every_num_minutes must be positive or null, got {every_num_minutes}")
+            raise InputError(
+                f"callbacks.checkpoint.every_num_minutes must be positive or null, got {every_num_minutes}"
+            )
         self.folder = Path(folder)
         self.every_num_steps, self.every_num_minutes, self.num_kept = every_num_steps, every_num_minutes, num_kept
         self.stopped_by: str | None = None
@@ -78,14 +80,14 @@ class Checkpoint(Callback):
         self._rng = state_dict["rng"]
 
     def save(self, trainer: Trainer) -> None:
-        """Write step-N.ckpt, then delete the oldest beyond `num_kept`. RunError if the disk refuses; older ones stay."""
+        """Write step-N.ckpt, then delete the oldest beyond `num_kept`. RunError if the disk refuses."""
         self.folder.mkdir(parents=True, exist_ok=True)
         final = self.folder / f"step-{trainer.global_step:08d}.ckpt"
         aside = final.with_suffix(".partial")
         try:
             trainer.save_checkpoint(aside, weights_only=False)
             if trainer.is_global_zero:
-                os.replace(aside, final)
+                aside.replace(final)
         except OSError as error:
             aside.unlink(missing_ok=True)
             message = f"checkpoint of step {trainer.global_step} could not be written to {self.folder}: {error}"
@@ -119,7 +121,7 @@ class DirectCheckpointIO(TorchCheckpointIO):
 
 def rng_state() -> dict[str, Any]:
     """Every generator's state, as types that load with weights_only."""
-    name, keys, *rest = np.random.get_state(legacy=True)
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - what libraries draw from
     return {
         "python": random.getstate(),
         "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
@@ -133,7 +135,7 @@ def restore_rng(state: dict[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"]:
         torch.cuda.set_rng_state_all([generator.cpu() for generator in state["cuda"]])

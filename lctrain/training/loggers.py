@@ -35,7 +35,9 @@ def wandb_logger(
     return WandbLogger(experiment=run)
 
 
-def _start(project: str, entity: str | None, name: str | None, folder: str, mode: Literal["online", "offline"]) -> wandb.Run:
+def _start(
+    project: str, entity: str | None, name: str | None, folder: str, mode: Literal["online", "offline"]
+) -> wandb.Run:
     return wandb.init(
         project=project,
         entity=entity,

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import statistics
 import time
@@ -26,7 +25,7 @@ REPORT_EVERY_SECONDS = 10.0  # without a terminal
 class Metrics(Callback):
     """Loss, perplexity, learning rate, gradient norm, speed, utilisation and memory of each optimizer step.
 
-    Stops the run on a loss or gradient that is not finite, before the optimizer sees it, so the last checkpoint is good.
+    Stops the run on a loss or gradient that is not finite before the optimizer sees it: the last checkpoint is good.
     """
 
     def __init__(self, *, folder: str) -> None:
@@ -40,6 +39,7 @@ class Metrics(Callback):
         self._step_tokens = 0
         self._started = 0.0
         self._peak_flops = 0.0
+        self._flops_per_token: dict[int, float] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._peak_flops = device_peak_flops(pl_module.device)
@@ -53,8 +53,9 @@ class Metrics(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         share = loss.item()  # of the step's mean: Lightning has divided it by the accumulation
-        index, accumulate = trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches, trainer.accumulate_grad_batches
-        self._require_finite(trainer, f"the loss of micro-batch {index + 1}/{accumulate}", share)
+        accumulate = trainer.accumulate_grad_batches
+        micro_batch = f"{trainer.fit_loop.batch_idx % accumulate + 1}/{accumulate}"
+        self._require_finite(trainer, f"the loss of micro-batch {micro_batch}", share)
         self._loss += share
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -85,8 +86,10 @@ class Metrics(Callback):
         self._record(trainer, pl_module, batch["input_ids"].shape[1], elapsed)
         self._loss, self._step_tokens = 0.0, 0
 
-    def _record(self, trainer: Trainer, module: LightningModule, length: int, elapsed: float) -> None:
-        flops = training_flops(module.model, module.recipe.attention, length) * self._step_tokens
+    def _record(self, trainer: Trainer, module: Any, length: int, elapsed: float) -> None:
+        if length not in self._flops_per_token:
+            self._flops_per_token[length] = training_flops(module.model, module.recipe.attention, length)
+        flops = self._flops_per_token[length] * self._step_tokens
         self.last = {
             "loss": self._loss,
             "perplexity": math.exp(min(self._loss, 80.0)),
@@ -122,7 +125,7 @@ def write_aside(path: Path, text: str) -> None:
     """Replace a file as a whole."""
     aside = path.with_suffix(".partial")
     aside.write_text(text)
-    os.replace(aside, path)
+    aside.replace(path)
 
 
 def peak_memory_gib() -> float:
@@ -133,7 +136,7 @@ def peak_memory_gib() -> float:
 
 
 class ProgressBar(Callback):
-    """One line: step, loss, perplexity, tokens/s, sequence length, time left. Without a terminal, a line now and then."""
+    """One line: step, loss, perplexity, tokens/s, length, time left. Without a terminal, a new one now and then."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
@@ -143,7 +146,13 @@ class ProgressBar(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        columns = TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
+        columns = (
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
         self._bar = Progress(*columns, console=Console(), disable=not Console().is_terminal)
         self._task = self._bar.add_task("first step…", total=trainer.max_steps, completed=trainer.global_step)
         self._bar.start()

@@ -1,7 +1,7 @@
 """The LightningModule: one model, one objective, exact token-weighted means."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule
@@ -67,7 +67,7 @@ class LongContextModule(LightningModule):
         accumulate, world = self.trainer.accumulate_grad_batches, self.trainer.world_size
         if batch_idx % accumulate == 0:
             local = torch.tensor(batch["num_valid_tokens"], device=self.device, dtype=torch.float64)
-            total = self.all_gather(local).sum() if world > 1 else local
+            total = cast(Tensor, self.all_gather(local)).sum() if world > 1 else local
             self._num_valid_tokens = max(int(total), 1)
         return self.objective(self.model, batch) * (accumulate * world / self._num_valid_tokens)
 
@@ -90,7 +90,7 @@ class LongContextModule(LightningModule):
         if not self._validation:
             return
         sums = torch.stack(self._validation).sum(0)
-        sums = self.all_gather(sums).sum(0) if self.trainer.world_size > 1 else sums
+        sums = cast(Tensor, self.all_gather(sums)).sum(0) if self.trainer.world_size > 1 else sums
         length = self.recipe.sequence_length // NUM_POSITION_BUCKETS
         metrics = {"validation/perplexity": (sums[0].sum() / sums[1].sum()).exp().item()}
         for bucket in sums[1].nonzero().flatten().tolist():
@@ -101,14 +101,19 @@ class LongContextModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
+        }
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         trainable = {name for name, p in self.named_parameters() if p.requires_grad}
         if trainable != state_dict.keys():
             differ = sorted(trainable ^ state_dict.keys())
-            raise InputError(f"the checkpoint was written with another tuning: {len(differ)} parameters differ, e.g. {differ[0]}")
+            raise InputError(
+                f"the checkpoint was written with another tuning: {len(differ)} parameters differ, e.g. {differ[0]}"
+            )
         return super().load_state_dict(state_dict, strict=False, assign=assign)

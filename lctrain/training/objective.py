@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 class Objective(ABC):
     """A sum over valid tokens, so that the mean over a whole optimizer step is exact however the step is divided."""
 
-    def check(self, device: torch.device) -> None:
+    def check(self, device: torch.device) -> None:  # noqa: B027 - most run anywhere
         """Raise InputError if the objective can't run there."""
 
     @abstractmethod
@@ -44,7 +44,11 @@ class CausalLM(Objective):
     def __call__(self, model: PreTrainedModel | PeftModel, batch: Mapping[str, Any]) -> Tensor:
         hidden_BLD = hidden_states(model, batch["input_ids"], batch["position_ids"])
         use_liger = self.loss == "liger" or (self.loss == "auto" and hidden_BLD.is_cuda and find_spec("liger_kernel"))
-        return _liger(model, hidden_BLD, batch["labels"]) if use_liger else token_losses(model, hidden_BLD, batch["labels"])[0]
+        return (
+            _liger(model, hidden_BLD, batch["labels"])
+            if use_liger
+            else token_losses(model, hidden_BLD, batch["labels"])[0]
+        )
 
 
 def _liger(model: PreTrainedModel | PeftModel, hidden_BLD: Tensor, labels_BL: Tensor) -> Tensor:

@@ -46,7 +46,9 @@ def train(cfg: DictConfig) -> Trained:
     if cfg.trainer.max_steps < 1:
         raise InputError(f"trainer.max_steps={cfg.trainer.max_steps} must be at least 1")
     if str(cfg.trainer.precision) not in ("32-true", "bf16-mixed", "32"):
-        raise InputError(f"trainer.precision={cfg.trainer.precision} would cast the rotary tables too; set model.dtype instead")
+        raise InputError(
+            f"trainer.precision={cfg.trainer.precision} would cast the rotary tables too; set model.dtype instead"
+        )
     _quiet()
     lightning.seed_everything(cfg.seed, verbose=False)
     module = instantiate(cfg.module, _convert_="all")
@@ -57,6 +59,8 @@ def train(cfg: DictConfig) -> Trained:
     datamodule.trainer = trainer
     datamodule.prepare_data()
     datamodule.setup("fit")
+    for task in instantiate(cfg.evaluation, _convert_="all").values():  # refused now, not after the last step
+        task.check(datamodule.heldout_documents())
     folder.acquire()
     checkpoint = folder.resume_from(cfg.resume)  # again: until here another process may have written one
     folder.config.write_text(dump(cfg))
@@ -101,8 +105,11 @@ def _check_resume(cfg: DictConfig, folder: RunFolder) -> None:
     """A continued run must compute what the first one would have."""
     if cfg.resume == "never" or not folder.config.exists():
         return
-    before, now = (_flat(OmegaConf.to_container(c)) for c in (OmegaConf.load(folder.config), OmegaConf.create(dump(cfg))))
-    for key in sorted(before.keys() | now.keys(), key=lambda key: (key.count("."), key)):  # rope.factor, not model.rope.factor
+    before, now = (
+        _flat(OmegaConf.to_container(c)) for c in (OmegaConf.load(folder.config), OmegaConf.create(dump(cfg)))
+    )
+    # The shallowest first: rope.factor says more than model.rope.factor.
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (key.count("."), key)):
         if not key.startswith(FREE_TO_CHANGE) and before.get(key) != now.get(key):
             raise InputError(
                 f"resume={cfg.resume}: {key} was {before.get(key)} when {folder.path} began and is {now.get(key)} now; "

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GemmaConfig, GraniteConfig, MistralConfig, Qwen3Config
 
 from lctrain.errors import InputError
-from lctrain.evaluation import perplexity
-from lctrain.evaluation.perplexity import Perplexity, token_losses, windows
+from lctrain.evaluation.perplexity import Perplexity, window_losses, windows
+from lctrain.kernels import linear_cross_entropy
 
 TASK = Perplexity(lengths=[16, 48, 64], sequence_length=64, num_tokens=384, stride=None, num_buckets=5)
 
@@ -70,9 +70,9 @@ def test_bits_per_byte_of_a_byte_tokenizer_are_bits_per_token(model, tokenizer, 
 
 def test_tiles_change_nothing(model, documents, monkeypatch):
     ids = torch.from_numpy(documents[1][:129].astype(np.int64))[None]
-    whole = token_losses(model, ids)
-    monkeypatch.setattr(perplexity, "MAX_LOGITS", 7 * model.config.vocab_size)
-    torch.testing.assert_close(token_losses(model, ids), whole)
+    whole = window_losses(model, ids)
+    monkeypatch.setattr(linear_cross_entropy, "MAX_LOGITS", 7 * model.config.vocab_size)
+    torch.testing.assert_close(window_losses(model, ids), whole)
 
 
 @pytest.mark.parametrize("config", [Gemma2Config, GemmaConfig, MistralConfig, Qwen3Config])

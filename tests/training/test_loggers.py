@@ -70,7 +70,6 @@ def test_an_offline_run_holds_the_history_the_config_and_no_secret(run, tmp_path
     read = list(records(file))
     history = [items(record.history.item) for record in read if record.HasField("history")]
     trained = [row for row in history if "loss" in row]
-    print("DBG", [r.WhichOneof("record_type") for r in read], len(file.read_bytes()), history)
     for row, logged in zip(rows, trained, strict=True):
         assert {name: logged[name] for name in row if name != "step"} == {k: v for k, v in row.items() if k != "step"}
         assert logged["trainer/global_step"] == row["step"]
