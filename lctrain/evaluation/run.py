@@ -56,8 +56,7 @@ def report(cfg: DictConfig, folders: Mapping[str, str], training: Training | Non
     results = {}
     for label, path in folders.items():
         recipe = _plain(cfg, path)
-        model: Any = recipe.build().eval()
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model: Any = recipe.build("cuda" if torch.cuda.is_available() else "cpu").eval()
         results[label] = evaluate(model, recipe.tokenizer, _documents(cfg, recipe), tasks, label=label)
         del model
         gc.collect()

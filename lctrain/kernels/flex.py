@@ -1,13 +1,17 @@
 """FlexAttention: the mask function compiled into a block-sparse kernel (CUDA)."""
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from lctrain.kernels.base import Kernel, MaskMod, MaskShape
+
+
+RECOMPILE_LIMIT = 64  # shapes a process may meet: a curriculum's lengths, evaluation's, decoding
 
 
 @cache
@@ -22,11 +26,13 @@ def _compiled(softcap: float | None) -> Any:
         score_mod = cap if softcap is not None else None
         return flex_attention(q, k, v, score_mod=score_mod, block_mask=block_mask, scale=scaling, enable_gqa=True)
 
-    return torch.compile(run, dynamic=False)
+    # Past its limit of recompilations torch falls back to eager, which holds all scores: fullgraph makes that an error.
+    compiled = torch.compile(run, dynamic=False, fullgraph=True)
+    return torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT)(compiled)
 
 
 class FlexKernel(Kernel):
-    """Skips the blocks that the mask empties; needs a CUDA device."""
+    """Skips the blocks that the mask empties; plain causal attention goes to SDPA. Needs a CUDA device."""
 
     def prepare(self, mask_mod: MaskMod, shape: MaskShape) -> BlockMask:
         # Compiled, or the whole L×S grid would be materialised.
@@ -44,16 +50,21 @@ class FlexKernel(Kernel):
         scaling: float,
         softcap: float | None,
     ) -> Tensor:
-        if prepared is None:
-            shape = MaskShape(
-                batch=1,
-                num_heads=1,
-                num_key_value_groups=1,
-                q_length=q_BHLD.shape[2],
-                kv_length=k_BKSD.shape[2],
-                device=q_BHLD.device,
-                dtype=q_BHLD.dtype,
+        if prepared is None and softcap is None:
+            return F.scaled_dot_product_attention(
+                q_BHLD, k_BKSD, v_BKSD, is_causal=True, scale=scaling, enable_gqa=True
             )
-            prepared = self.prepare(lambda b, h, q_idx, kv_idx: q_idx >= kv_idx, shape)
+        if prepared is None:
+            prepared = _causal(q_BHLD.shape[2], q_BHLD.device)
         out: Tensor = _compiled(softcap)(q_BHLD, k_BKSD, v_BKSD, prepared, scaling)
         return out
+
+
+@lru_cache(maxsize=8)
+def _causal(length: int, device: torch.device) -> BlockMask:
+    """For capped scores, which SDPA can't compute: one mask per length of a curriculum."""
+
+    def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return q_idx >= kv_idx
+
+    return create_block_mask(causal, None, None, length, length, device=str(device), _compile=True)

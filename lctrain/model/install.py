@@ -152,7 +152,7 @@ def install(model: PreTrainedModel, method: MaskedAttention, kernel: str = "auto
     Raises InputError if the kernel can't run, or the model's attention does not go through the interface.
     """
     softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-    name, chosen = choose(kernel, plain_causal=method.plain_causal, softcap=softcap, device_type=model.device.type)
+    name, chosen = choose(kernel, softcap=softcap, device_type=model.device.type)
     installed = _Installed(method, chosen)
     implementation = f"lctrain_{next(_serial)}"
     AttentionInterface.register(implementation, installed.attend)

@@ -81,9 +81,10 @@ class ModelRecipe(ABC):
         self.attention.check(config, list(lengths))
         return config
 
-    def build(self) -> PreTrainedModel | PeftModel:
-        """Load, install the attention, choose what trains."""
+    def build(self, device: torch.device | str = "cpu") -> PreTrainedModel | PeftModel:
+        """Load to `device`, install the attention on a kernel that runs there, choose what trains."""
         model = self.load(self.config())
+        model.to(device)  # type: ignore[arg-type]
         install(model, self.attention, self.kernel)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -120,12 +121,12 @@ class PretrainedModel(ModelRecipe):
             return AutoConfig.for_model(**self.architecture)
         return self._published_config()
 
-    def build(self) -> PreTrainedModel | PeftModel:
+    def build(self, device: torch.device | str = "cpu") -> PreTrainedModel | PeftModel:
         published = self._published_config() if self.architecture else None
         for key, value in (self.architecture or {}).items():
             if getattr(published, key, value) != value:
                 raise InputError(f"model.architecture.{key} is {value}, but {self.path} has {getattr(published, key)}")
-        return super().build()
+        return super().build(device)
 
     def load(self, config: PreTrainedConfig) -> PreTrainedModel:
         self._check_weights()

@@ -112,8 +112,7 @@ def plan(cfg: DictConfig) -> Plan:
 def _kernel(recipe: ModelRecipe, device_type: str) -> str:
     """The name of the kernel that would run there."""
     softcap = getattr(recipe.config().get_text_config(), "attn_logit_softcapping", None)
-    plain_causal = recipe.attention.plain_causal
-    return choose(recipe.kernel, plain_causal=plain_causal, softcap=softcap, device_type=device_type)[0]
+    return choose(recipe.kernel, softcap=softcap, device_type=device_type)[0]
 
 
 def _check_positive(**values: Any) -> None:

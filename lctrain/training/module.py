@@ -42,6 +42,7 @@ class LongContextModule(LightningModule):
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self._num_valid_tokens = 0  # of this optimizer step, over all ranks
         self._validation: list[Tensor] = []
+        self._row_length = 0
 
     def check(self, device: torch.device) -> None:
         """Refuse, before anything is written, settings that the objective, optimizer or scheduler can't take."""
@@ -53,7 +54,7 @@ class LongContextModule(LightningModule):
 
     def configure_model(self) -> None:
         if not hasattr(self, "model"):
-            self.model = self.recipe.build()
+            self.model = self.recipe.build(self.trainer.strategy.root_device)
 
     def on_fit_start(self) -> None:
         check_head(self.model)
@@ -78,7 +79,7 @@ class LongContextModule(LightningModule):
         """Sums and counts of the losses per bucket of positions in the document."""
         hidden = hidden_states(self.model, batch["input_ids"], batch["position_ids"])
         losses_N = token_losses(self.model, hidden, batch["labels"])[1]
-        valid = batch["labels"] != IGNORED
+        valid, self._row_length = batch["labels"] != IGNORED, batch["labels"].shape[1]
         buckets_N = batch["position_ids"][valid] * NUM_POSITION_BUCKETS // batch["input_ids"].shape[1]
         sums = torch.zeros(2, NUM_POSITION_BUCKETS, dtype=torch.float64, device=losses_N.device)
         sums[0].index_add_(0, buckets_N, losses_N.double())
@@ -91,7 +92,7 @@ class LongContextModule(LightningModule):
             return
         sums = torch.stack(self._validation).sum(0)
         sums = cast(Tensor, self.all_gather(sums)).sum(0) if self.trainer.world_size > 1 else sums
-        length = self.recipe.sequence_length // NUM_POSITION_BUCKETS
+        length = self._row_length // NUM_POSITION_BUCKETS
         metrics = {"validation/perplexity": (sums[0].sum() / sums[1].sum()).exp().item()}
         for bucket in sums[1].nonzero().flatten().tolist():
             mean = sums[0, bucket] / sums[1, bucket]

@@ -168,26 +168,22 @@ def test_sdpa_reads_only_what_a_tile_sees(monkeypatch):
 
 class TestChoose:
     @pytest.mark.parametrize(
-        ("plain_causal", "softcap", "device", "expected"),
-        [
-            (True, None, "cpu", "sdpa"), (False, None, "cpu", "sdpa"), (True, 50.0, "cpu", "reference"),
-            (False, 50.0, "cpu", "reference"), (True, None, "cuda", "sdpa"), (False, None, "cuda", "flex"),
-            (True, 50.0, "cuda", "flex"), (False, 50.0, "cuda", "flex"),
-        ],
-    )  # fmt: skip
-    def test_auto(self, plain_causal, softcap, device, expected):
-        assert choose("auto", plain_causal=plain_causal, softcap=softcap, device_type=device)[0] == expected
+        ("softcap", "device", "expected"),
+        [(None, "cpu", "sdpa"), (50.0, "cpu", "reference"), (None, "cuda", "flex"), (50.0, "cuda", "flex")],
+    )
+    def test_auto(self, softcap, device, expected):
+        assert choose("auto", softcap=softcap, device_type=device)[0] == expected
 
     @pytest.mark.parametrize("name", ["sdpa", "reference"])
     def test_by_name(self, name):
-        chosen, kernel = choose(name, plain_causal=False, softcap=None, device_type="cpu")
+        chosen, kernel = choose(name, softcap=None, device_type="cpu")
         assert chosen == name
         assert type(kernel) is type(KERNELS[name])
 
     def test_refusals_name_the_kernel(self):
         with pytest.raises(InputError, match="no kernel 'fast'; choose auto, flex, sdpa, reference"):
-            choose("fast", plain_causal=True, softcap=None)
+            choose("fast", softcap=None, device_type="cpu")
         with pytest.raises(InputError, match="kernel=flex needs a CUDA device"):
-            choose("flex", plain_causal=False, softcap=None, device_type="cpu")
+            choose("flex", softcap=None, device_type="cpu")
         with pytest.raises(InputError, match="kernel=sdpa can't cap attention scores"):
-            choose("sdpa", plain_causal=True, softcap=50.0, device_type="cpu")
+            choose("sdpa", softcap=50.0, device_type="cpu")
