@@ -53,6 +53,8 @@ def _compose(verb: str, overrides: Sequence[str]) -> DictConfig:
 
 def check(cfg: DictConfig) -> None:
     """Raises InputError where a mandatory value (`???`) is unset or an interpolation leads nowhere."""
+    if isinstance(pattern := cfg.get("evaluation_attention"), str):
+        raise InputError(f"choose the evaluated pattern with attention@evaluation_attention={pattern}")
     missing = [name for name, value in _leaves(OmegaConf.to_container(cfg)) if value == "???"]
     if missing:
         raise InputError(f"no value for {_listed(missing)}: give {' '.join(f'{name}=…' for name in missing)}")
@@ -97,7 +99,7 @@ def groups(verb: str) -> dict[str, tuple[str | None, list[str]]]:
         name = str(key).removeprefix("override").strip(" /")
         files = (conf_dir() / name.split("@")[0]).glob("*.yaml")
         if name != "hydra":
-            found[name.split("@")[-1] if "_global_" not in name else name] = (default, sorted(f.stem for f in files))
+            found[name] = (default, sorted(f.stem for f in files))
     return found
 
 

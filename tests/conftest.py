@@ -88,7 +88,8 @@ def small(
     base, cache = saved("llama", max_position_embeddings=32), tmp_path_factory.getbasetemp() / "tokens"
     words = f"""run_dir={tmp_path}/run model.path={base} data=text data.path={text} datamodule.cache_dir={cache}
         datamodule.num_heldout_tokens=256 sequence_length=64 rope=linear logger=none trainer.accelerator=cpu
-        trainer.max_steps=4 scheduler.num_warmup_steps=2 optimizer.lr=1e-2 callbacks.checkpoint.every_num_minutes=null"""
+        trainer.max_steps=4 scheduler.num_warmup_steps=2 optimizer.lr=1e-2
+        callbacks.checkpoint.every_num_minutes=null"""
 
     def overrides(*others: str) -> list[str]:
         replaced = {other.partition("=")[0] for other in others}

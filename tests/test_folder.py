@@ -84,7 +84,12 @@ def test_unfinished_and_foreign_files_are_no_checkpoints(folder):
 
 
 def test_a_second_process_is_refused_until_the_first_has_ended_however(tmp_path):
-    hold = "import sys, time; from lctrain.folder import RunFolder; f = RunFolder(sys.argv[1]); f.acquire(); print('held', flush=True); time.sleep(60)"
+    hold = """import sys, time
+from lctrain.folder import RunFolder
+folder = RunFolder(sys.argv[1])
+folder.acquire()
+print('held', flush=True)
+time.sleep(60)"""
     first = subprocess.Popen([sys.executable, "-c", hold, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
     try:
         assert first.stdout.readline() == "held\n"

@@ -10,7 +10,6 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from lctrain.kernels.base import Kernel, MaskMod, MaskShape
 
-
 RECOMPILE_LIMIT = 64  # shapes a process may meet: a curriculum's lengths, evaluation's, decoding
 
 

@@ -4,7 +4,6 @@ Shape legend: B batch, H query heads, K key-value heads, L queries, S keys, D he
 """
 
 import itertools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,6 @@ from lctrain.errors import InputError
 from lctrain.kernels.base import Kernel, MaskMod, MaskShape
 from lctrain.kernels.choose import choose
 
-log = logging.getLogger(__name__)
 _serial = itertools.count()
 _SCORE_TERMS = ("s_aux", "sinks", "position_bias", "indices", "block_indices")  # learned sinks, biases, chosen keys
 
@@ -145,10 +143,11 @@ class _Installed:
         return mask.prepared[group]
 
 
-def install(model: PreTrainedModel, method: MaskedAttention, kernel: str = "auto") -> None:
+def install(model: PreTrainedModel, method: MaskedAttention, kernel: str = "auto") -> str:
     """Make `model` attend by `method` on `kernel` from its next forward on.
 
     Registers a name of its own in transformers' interfaces, so models with different methods live side by side.
+    Returns the name of the kernel that was chosen.
     Raises InputError if the kernel can't run, or the model's attention does not go through the interface.
     """
     softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
@@ -162,4 +161,4 @@ def install(model: PreTrainedModel, method: MaskedAttention, kernel: str = "auto
         raise InputError(
             f"{type(model).__name__} does not use transformers' attention interface; {method} can't be installed"
         )
-    log.info("attention: %s on kernel %s", method, name)
+    return name

@@ -3,6 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +23,10 @@ from transformers import (
 
 from lctrain.attention.base import MaskedAttention
 from lctrain.errors import InputError
+from lctrain.kernels.choose import choose
+from lctrain.model.head import unwrap
 from lctrain.model.install import install
-from lctrain.model.tuning import Tuning
+from lctrain.model.tuning import FullTuning, Tuning
 from lctrain.rope.base import RopeScheme
 
 log = logging.getLogger(__name__)
@@ -55,6 +58,11 @@ class ModelRecipe(ABC):
         """The model's tokenizer."""
 
     def config(self) -> PreTrainedConfig:
+        """A copy of the config to train and export with."""
+        return deepcopy(self._adapted_config)
+
+    @cached_property
+    def _adapted_config(self) -> PreTrainedConfig:
         """The config to train and export with: positions stretched, the window the method asks for."""
         config = self.base_config()
         self.rope.apply(config, self.sequence_length)
@@ -64,9 +72,12 @@ class ModelRecipe(ABC):
             log.info("attention: %s", replaced or f"the model's own window of {window} tokens is kept where it has one")
         return config
 
-    def check(self, lengths: Sequence[int]) -> None:
-        """Refuse, before any weight is read, what can't be trained on rows of these lengths (ascending)."""
+    def check(self, lengths: Sequence[int], device_type: str = "cpu") -> None:
+        """Refuse, before any weight is read, what can't be trained there on rows of these lengths (ascending)."""
         config = self.check_attention(lengths)
+        softcap = getattr(config, "attn_logit_softcapping", None)
+        choose(self.kernel, softcap=softcap, device_type=device_type)
+        install(unwrap(self.skeleton(self.config())), self.attention, "reference")
         if len(self.tokenizer) > config.vocab_size:
             raise InputError(
                 f"the tokenizer knows {len(self.tokenizer)} tokens, the embedding only {config.vocab_size}: "
@@ -85,14 +96,22 @@ class ModelRecipe(ABC):
         """Load to `device`, install the attention on a kernel that runs there, choose what trains."""
         model = self.load(self.config())
         model.to(device)  # type: ignore[arg-type]
-        install(model, self.attention, self.kernel)
-        if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        tuned = self.tuning.apply(model)
+        log.info("attention: %s on kernel %s", self.attention, install(model, self.attention, self.kernel))
+        tuned = self._tune(model)
         trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
         total = sum(p.numel() for p in tuned.parameters())
         log.info("parameters: %s, %s trainable (%.2f%%)", f"{total:,}", f"{trainable:,}", 100 * trainable / total)
         return tuned
+
+    def skeleton(self, config: PreTrainedConfig) -> PreTrainedModel | PeftModel:
+        """The model as it would train, without memory: on the meta device."""
+        with torch.device("meta"):
+            return self._tune(AutoModelForCausalLM.from_config(config, dtype=self.torch_dtype(config)))
+
+    def _tune(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return self.tuning.apply(model)
 
     def torch_dtype(self, config: PreTrainedConfig) -> torch.dtype:
         """What `dtype` means for a model of this config."""
@@ -159,9 +178,9 @@ class PretrainedModel(ModelRecipe):
         except (OSError, ValueError) as error:
             raise InputError(f"model.path={self.path} has no tokenizer that loads: {_first_line(error)}") from error
 
-    def check(self, lengths: Sequence[int]) -> None:
+    def check(self, lengths: Sequence[int], device_type: str = "cpu") -> None:
         self._check_weights()
-        super().check(lengths)
+        super().check(lengths, device_type)
 
     def _published_config(self) -> PreTrainedConfig:
         self._check_folder()
@@ -204,6 +223,11 @@ class ScratchModel(ModelRecipe):
 
     architecture: Mapping[str, Any]
     tokenizer_path: str
+
+    def check(self, lengths: Sequence[int], device_type: str = "cpu") -> None:
+        if not isinstance(self.tuning, FullTuning):
+            raise InputError("model=scratch starts from random weights, which must all train; use tuning=full")
+        super().check(lengths, device_type)
 
     def base_config(self) -> PreTrainedConfig:
         special = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

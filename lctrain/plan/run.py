@@ -5,13 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from lctrain.errors import InputError
 from lctrain.kernels.choose import choose
@@ -128,11 +126,7 @@ def _skeleton(recipe: ModelRecipe) -> nn.Module:
     rope = text.rope_parameters
     if rope.get("rope_type") in ("dynamic", "longrope"):  # these look at positions, which aren't there; sizes are alike
         text.rope_parameters = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=recipe.torch_dtype(config))
-        if recipe.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        return recipe.tuning.apply(model)
+    return recipe.skeleton(config)
 
 
 def verdict(planned: Plan, cfg: DictConfig) -> str:

@@ -53,17 +53,20 @@ def train(cfg: DictConfig) -> Trained:
     lightning.seed_everything(cfg.seed, verbose=False)
     module = instantiate(cfg.module, _convert_="all")
     datamodule = instantiate(cfg.datamodule, tokenizer=module.recipe.tokenizer, _convert_="all")
-    module.recipe.check(datamodule.curriculum.lengths())
     trainer = _trainer(cfg)
-    module.check(trainer.strategy.root_device)
+    device = trainer.strategy.root_device
+    module.recipe.check(datamodule.curriculum.lengths(), device.type)
+    module.check(device)
     datamodule.trainer = trainer
     datamodule.prepare_data()
     datamodule.setup("fit")
     for task in instantiate(cfg.evaluation, _convert_="all").values():  # refused now, not after the last step
         task.check(datamodule.heldout_documents())
-    folder.acquire()
+    if trainer.is_global_zero:
+        folder.acquire()
     checkpoint = folder.resume_from(cfg.resume)  # again: until here another process may have written one
-    folder.config.write_text(dump(cfg))
+    if trainer.is_global_zero:
+        folder.config.write_text(dump(cfg))
     trainer.loggers = _loggers(cfg)
     trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
     metrics = next(callback for callback in trainer.callbacks if isinstance(callback, Metrics))  # type: ignore[attr-defined]
