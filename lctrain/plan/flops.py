@@ -26,7 +26,8 @@ def device_peak_flops(device: torch.device) -> float:
 @lru_cache(maxsize=1)
 def _measured_flops(device: torch.device) -> float:
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
-    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    generator = torch.Generator(device)  # of its own: the run's draws must not depend on what was measured
+    matrix = torch.randn(size, size, device=device, dtype=dtype, generator=generator)
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()

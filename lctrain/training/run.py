@@ -50,7 +50,6 @@ def train(cfg: DictConfig) -> Trained:
             f"trainer.precision={cfg.trainer.precision} would cast the rotary tables too; set model.dtype instead"
         )
     _quiet()
-    lightning.seed_everything(cfg.seed, verbose=False)
     module = instantiate(cfg.module, _convert_="all")
     datamodule = instantiate(cfg.datamodule, tokenizer=module.recipe.tokenizer, _convert_="all")
     trainer = _trainer(cfg)
@@ -68,6 +67,7 @@ def train(cfg: DictConfig) -> Trained:
     if trainer.is_global_zero:
         folder.config.write_text(dump(cfg))
     trainer.loggers = _loggers(cfg)
+    lightning.seed_everything(cfg.seed, verbose=False)  # here: what was checked before may have drawn numbers
     trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
     metrics = next(callback for callback in trainer.callbacks if isinstance(callback, Metrics))  # type: ignore[attr-defined]
     return Trained(
