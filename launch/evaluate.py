@@ -13,8 +13,12 @@ examples:
 
 from omegaconf import DictConfig
 
+from lctrain.errors import InputError
+
 
 def run(cfg: DictConfig) -> None:
+    if "path" not in cfg.model:
+        raise InputError("evaluate measures weights: give model.path=<folder or hub id> (with model=pretrained)")
     from lctrain.evaluation.run import main
 
     main(cfg)

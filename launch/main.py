@@ -38,6 +38,7 @@ def _compose_and_run(verb: str, overrides: list[str]) -> None:
     def task(cfg: Any) -> None:
         sys.argv = command  # whole again for those who start this program anew, one process per device
         with exit_codes(verb, overrides):
+            config.anchor_paths(cfg)
             config.check(cfg)
             quiet()
             module.run(cfg)
@@ -46,5 +47,5 @@ def _compose_and_run(verb: str, overrides: list[str]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us instead of being printed
     # Hydra's parser wants the overrides in one piece; here flags may stand anywhere.
     flags_last = sorted(overrides, key=lambda word: word.startswith("-") or not ("=" in word or word.startswith("~")))
-    sys.argv = [command[0], *flags_last]
+    sys.argv = [command[0], *map(config.expand_home, flags_last)]
     hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name=verb)(task)()

@@ -23,9 +23,9 @@ def run(cfg: DictConfig) -> None:
 
     trained = train(cfg)
     if cfg.evaluation and trained.is_global_zero:
-        from lctrain.evaluation.run import report
+        from lctrain.evaluation.run import report_training
         from lctrain.export import export
 
         exported = export(cfg.run_dir, "auto", f"{cfg.run_dir}/exported")
         before = {"before": cfg.model.path} if "path" in cfg.model else {}
-        report(cfg, {**before, "after": str(exported)}, training=trained)
+        report_training(cfg, {**before, "after": str(exported)}, trained)

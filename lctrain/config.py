@@ -6,6 +6,7 @@ import difflib
 import inspect
 import os
 import re
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from lctrain.errors import InputError
+from lctrain.validate import check_values
 
 _PACKAGE = Path(__file__).resolve().parent
 _ROOT = _PACKAGE / "share" if (_PACKAGE / "share").is_dir() else _PACKAGE.parent  # a wheel brings its own share/
 
 _SECRET_FIELD = re.compile(r"(?i)(api|access|private)_?key|passw|secret|credential|^token$|(auth|access|api|hf)_token$")
 _SECRET_VARIABLE = re.compile(r"(?i)KEY|TOKEN|SECRET|PASSWORD")
+
+_PATH = re.compile(r"run_dir|output|checkpoint|resume|model\.(tokenizer_)?path|data\.(.+\.)?(path|name)")
 
 
 def conf_dir() -> Path:
@@ -48,20 +52,38 @@ def _compose(verb: str, overrides: Sequence[str]) -> DictConfig:
 
     register_resolvers()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
-        return hydra.compose(verb, list(overrides))
+        return hydra.compose(verb, [expand_home(override) for override in overrides])
+
+
+def expand_home(override: str) -> str:
+    """`key=~/folder` with the home folder in it: Hydra can't read `~`, and shells replace it behind few names."""
+    return re.sub(r"(?<==)~(?=/|$)", lambda _: str(Path.home()), override)
+
+
+def anchor_paths(cfg: DictConfig) -> None:
+    """Makes local paths absolute, in place, so that what a run writes down holds in any folder; `~` is the home."""
+    for name, _ in _leaves(OmegaConf.to_container(cfg)):
+        value = OmegaConf.select(cfg, name, throw_on_resolution_failure=False) if _PATH.fullmatch(name) else None
+        if value in (None, "auto", "never"):
+            continue
+        path = Path(str(value)).expanduser()
+        if name in ("run_dir", "output") or path.exists():  # else a hub's id, or a mistake to be named as it was typed
+            OmegaConf.update(cfg, name, str(path.absolute()))
 
 
 def check(cfg: DictConfig) -> None:
-    """Raises InputError where a mandatory value (`???`) is unset or an interpolation leads nowhere."""
+    """Raises InputError where a value is missing (`???`), of a wrong type, or an interpolation that leads nowhere."""
     if isinstance(pattern := cfg.get("evaluation_attention"), str):
         raise InputError(f"choose the evaluated pattern with attention@evaluation_attention={pattern}")
-    missing = [name for name, value in _leaves(OmegaConf.to_container(cfg)) if value == "???"]
+    raw: Any = OmegaConf.to_container(cfg)
+    missing = [name for name, value in _leaves(raw) if value == "???"]
     if missing:
         raise InputError(f"no value for {_listed(missing)}: give {' '.join(f'{name}=…' for name in missing)}")
     try:
-        OmegaConf.to_container(cfg, resolve=True)
+        resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise InputError(f"cannot resolve '{error.full_key}': {_one_line(error)}") from None
+    check_values(raw, resolved)
 
 
 def public(cfg: DictConfig) -> dict[str, Any]:
@@ -163,7 +185,15 @@ def _explain_instantiation(error: BaseException) -> InputError | None:
             return InputError(nearest(f"no such option '{prefix}{unknown[1]}'", unknown[1], fields, prefix=prefix))
     if isinstance(cause, TypeError) and re.search(r"__init__\(\) missing \d+ required", str(cause)):
         return InputError(f"{prefix.rstrip('.')}: {cause}")
+    if isinstance(cause, TypeError | ValueError) and _raised_in(cause) in ("__init__", "__post_init__"):
+        return InputError(f"{prefix.rstrip('.')}: {_one_line(cause)}")
     return None
+
+
+def _raised_in(error: BaseException) -> str:
+    """The name of the function that raised."""
+    innermost = list(traceback.walk_tb(error.__traceback__))[-1:]
+    return innermost[0][0].f_code.co_name if innermost else ""
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -24,7 +24,7 @@ def export(run_dir: str, checkpoint: str, output: str, dtype: str = "auto") -> P
     """Merge the adapters of a checkpoint (a path, or auto for the newest whole one) into `output`; returns it.
 
     The folder holds safetensors, the config with the stretched positions, the tokenizer, and a README with the recipe.
-    Weights keep the dtype they were trained in, unless `dtype` names another. It is written beside its final name and
+    Weights get the model's dtype, unless `dtype` names another. It is written beside its final name and
     renamed. Raises InputError where there is nothing to export.
     """
     folder, target = RunFolder(run_dir), Path(output)
@@ -36,7 +36,7 @@ def export(run_dir: str, checkpoint: str, output: str, dtype: str = "auto") -> P
         raise InputError(f"dtype={dtype} is not a torch dtype; use auto, float32 or bfloat16")
     path = _checkpoint(folder, checkpoint)
     cfg = cast(DictConfig, OmegaConf.load(folder.config))
-    recipe = instantiate(cfg.model, _convert_="all")
+    recipe = instantiate(cfg.model, kernel="auto", _convert_="all")  # nothing runs here
     model = recipe.build()
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
@@ -45,8 +45,7 @@ def export(run_dir: str, checkpoint: str, output: str, dtype: str = "auto") -> P
         raise InputError(f"{path} does not belong to {folder.config}: only one of them has {differ[0]}")
     model.load_state_dict(weights, strict=False)
     merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
-    if dtype != "auto":
-        merged.to(getattr(torch, dtype))
+    merged.to(recipe.torch_dtype(merged.config) if dtype == "auto" else getattr(torch, dtype))
     aside = target.with_name(target.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     merged.save_pretrained(aside)

@@ -2,6 +2,7 @@
 
 import fcntl
 import logging
+import os
 import zipfile
 from pathlib import Path
 from typing import IO
@@ -9,6 +10,10 @@ from typing import IO
 from lctrain.errors import InputError
 
 log = logging.getLogger(__name__)
+
+CHECKPOINTS = "step-*.ckpt"
+TRACES = ("config.yaml", "metrics.jsonl", "report.json")  # of a run that left no checkpoint
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 
 
 class RunFolder:
@@ -27,15 +32,25 @@ class RunFolder:
         return self.path / "config.yaml"
 
     def resume_from(self, resume: str) -> Path | None:
-        """The checkpoint that `resume` (never, auto, or a path) means; broken ones are skipped with a warning."""
-        found = whole_checkpoints(self.checkpoints)
+        """The checkpoint that `resume` (never, auto, or a path) means; broken ones are skipped with a warning.
+
+        Raises InputError where the run would write over something that another one left.
+        """
         if resume == "never":
-            if found:
+            if is_first_process() and (self._written() or any((self.path / name).exists() for name in TRACES)):
                 raise InputError(
                     f"{self.path} already holds a run; add resume=auto to go on with it, or choose another run_dir"
                 )
             return None
+        found = whole_checkpoints(self.checkpoints)
         if resume == "auto":
+            if not found and (broken := self._written()):
+                raise InputError(
+                    f"resume=auto: every checkpoint in {self.checkpoints} is broken, the newest is {broken[-1].name}; "
+                    "choose another run_dir, or delete them to start over"
+                )
+            if not found and self._lock:
+                log.info("resume=auto: no checkpoint in %s, starting from the first step", self.checkpoints)
             return found[-1] if found else None
         if not Path(resume).is_file() or not is_whole(Path(resume)):
             raise InputError(f"resume={resume} is not a whole checkpoint; use a checkpoint's path, auto or never")
@@ -44,6 +59,10 @@ class RunFolder:
                 f"{self.path} already holds a run that is past {resume}; choose another run_dir to go back to it"
             )
         return Path(resume)
+
+    def _written(self) -> list[Path]:
+        """Whole or not."""
+        return sorted(self.checkpoints.glob(CHECKPOINTS))
 
     def acquire(self) -> None:
         """Create the folder and hold it; InputError while another process does."""
@@ -60,6 +79,11 @@ class RunFolder:
         self._lock = lock  # held until this process ends, however it ends
 
 
+def is_first_process() -> bool:
+    """Whether no launcher started this process beside another: those find what the first one has just written."""
+    return all(os.environ.get(rank, "0") == "0" for rank in RANKS)
+
+
 def is_whole(path: Path) -> bool:
     """Whether every byte that was written is there: torch's files are zip archives with checksums."""
     try:
@@ -72,7 +96,7 @@ def is_whole(path: Path) -> bool:
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Oldest to newest."""
     found = []
-    for path in sorted(folder.glob("step-*.ckpt")):
+    for path in sorted(folder.glob(CHECKPOINTS)):
         if is_whole(path):
             found.append(path)
         else:

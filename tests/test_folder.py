@@ -52,6 +52,32 @@ def test_a_resume_that_would_lose_something_is_refused(folder, resume, line):
         folder.resume_from(resume.format(folder.path))
 
 
+@pytest.mark.parametrize("left", ["config.yaml", "metrics.jsonl", "report.json", "checkpoints/step-00000001.ckpt"])
+def test_what_a_run_left_is_never_written_over_unasked(tmp_path, left, monkeypatch):
+    (tmp_path / left).parent.mkdir(exist_ok=True)
+    (tmp_path / left).write_text("broken, if it were a checkpoint")
+    with pytest.raises(InputError, match="already holds a run; add resume=auto"):
+        RunFolder(tmp_path).resume_from("never")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # started by the first process, which has written its config by then
+    assert RunFolder(tmp_path).resume_from("never") is None
+
+
+def test_auto_does_not_start_over_beside_broken_checkpoints(folder):
+    for path in folder.checkpoints.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match=r"every checkpoint in .* is broken, the newest is step-00000003\.ckpt"):
+        folder.resume_from("auto")
+
+
+def test_auto_says_that_it_starts_from_the_beginning(tmp_path, caplog):
+    caplog.set_level("INFO")
+    folder = RunFolder(tmp_path)
+    assert folder.resume_from("auto") is None
+    folder.acquire()
+    assert folder.resume_from("auto") is None
+    assert caplog.text.count("starting from the first step") == 1
+
+
 @pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.999])
 def test_a_truncated_newest_gives_way_to_the_one_before(folder, keep, caplog):
     newest = folder.checkpoints / "step-00000003.ckpt"

@@ -42,6 +42,10 @@ class MaskedAttention(ABC):
     def check(self, config: PreTrainedConfig, lengths: list[int]) -> None:  # noqa: B027 - most patterns fit always
         """Raise InputError if the pattern does not fit the model, or rows of these lengths (ascending)."""
 
+    def can_decode(self) -> bool:
+        """Whether the pattern is defined while the row's final length is not known."""
+        return True
+
     def layer_group(self, layer_idx: int) -> Hashable:
         """Layers of one group share one mask."""
         return None

@@ -60,6 +60,9 @@ class ShiftedSparseAttention(MaskedAttention):
                     "change attention.group_size_ratio, attention.group_size or the sequence lengths"
                 )
 
+    def can_decode(self) -> bool:
+        return self.group_size is not None
+
     def heads_differ(self, layout: Layout) -> bool:
         return self.group_size_ratio != 1
 

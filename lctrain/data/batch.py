@@ -9,7 +9,8 @@ import torch
 from lctrain.data.packing import Row
 from lctrain.data.table import TokenTable
 
-Batch: TypeAlias = dict[str, Any]  # input_ids, labels, position_ids: int64 [rows, length]; num_valid_tokens: int
+# input_ids, labels, position_ids: int64 [rows, length]; num_tokens (without padding), num_valid_tokens: int
+Batch: TypeAlias = dict[str, Any]
 
 IGNORED = -100
 
@@ -23,6 +24,7 @@ def fill(rows: Sequence[Row], length: int, table: TokenTable, pad_token_id: int)
     shape = (len(rows), length)
     input_ids, labels = np.full(shape, pad_token_id), np.full(shape, IGNORED)
     position_ids = np.empty(shape, dtype=np.int64)
+    num_tokens = 0
     for r, row in enumerate(rows):
         at = 0
         for document, first, stop in row:
@@ -35,5 +37,6 @@ def fill(rows: Sequence[Row], length: int, table: TokenTable, pad_token_id: int)
             position_ids[r, at:end] = np.arange(end - at)
             at = end
         position_ids[r, at:] = np.arange(length - at)
+        num_tokens += at
     arrays = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()} | {"num_tokens": num_tokens}

@@ -40,8 +40,13 @@ class HubRows(RowCorpus):
         return self.max_documents
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        for number, row in enumerate(islice(self._open(), self.max_documents)):
-            yield f"{Path(self.name).name}/{self.config or 'default'}/{self.split}/{number}", row
+        rows, number = self._open(), 0
+        try:
+            for row in islice(rows, self.max_documents):
+                yield f"{Path(self.name).name}/{self.config or 'default'}/{self.split}/{number}", row
+                number += 1
+        except Exception as error:  # the network, a file's format: each library behind `datasets` raises its own
+            raise InputError(f"dataset {self.name!r}, split {self.split!r}, row {number}: {_reason(error)}") from error
 
     def _open(self) -> Any:
         folder = Path(self.name).expanduser()
@@ -58,8 +63,12 @@ class HubRows(RowCorpus):
                 streaming=self.streaming,
             )
         except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise InputError(f"dataset {self.name!r}, split {self.split!r}, cannot be opened: {reason}") from error
+            message = f"dataset {self.name!r}, split {self.split!r}, cannot be opened: {_reason(error)}"
+            raise InputError(message) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,8 @@ class Task(ABC):
 
     `lengths` ascend; None stands for an eighth, a quarter, a half and the whole of `sequence_length`.
     """
+
+    generates: ClassVar[bool] = False  # decodes token by token, which not every pattern can
 
     lengths: Sequence[int] | None
     sequence_length: int

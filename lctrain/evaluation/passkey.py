@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ class Passkey(Task):
     a model never reads past it. Each (length, depth) has `num_trials` keys of `num_digits` digits in random stretches
     of the documents; a trial depends on `seed` and its own cell alone, so adding cells changes no other.
     """
+
+    generates: ClassVar[bool] = True
 
     depths: Sequence[float]
     num_trials: int

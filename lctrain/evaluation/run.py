@@ -11,15 +11,16 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lctrain.attention.base import MaskedAttention
 from lctrain.config import public
 from lctrain.errors import InputError
 from lctrain.evaluation.base import Result, Task, Tokens
 from lctrain.evaluation.report import log_media, table, write_report
 from lctrain.folder import RunFolder
-from lctrain.model.recipe import PretrainedModel
-from lctrain.model.tuning import FullTuning
+from lctrain.model.recipe import ModelRecipe, PretrainedModel
+from lctrain.model.tuning import Frozen
 from lctrain.rope.none import NoScaling
 
 
@@ -41,37 +42,53 @@ def main(cfg: DictConfig) -> None:
     folder = RunFolder(cfg.run_dir)
     if (folder.path / "report.json").exists():
         raise InputError(f"{folder.path} already holds a report; choose another run_dir")
-    recipe = _plain(cfg, cfg.model.path)
-    recipe.check([cfg.sequence_length])
-    documents = _documents(cfg, recipe)
-    for task in instantiate(cfg.evaluation, _convert_="all").values():
-        task.check(documents)
+    recipe = instantiate(cfg.model, _convert_="all")
+    recipe.check([cfg.sequence_length], _device())
+    check(cfg, recipe.config(), _documents(cfg, recipe))
     folder.acquire()
-    report(cfg, {"model": cfg.model.path})
+    loggers = [instantiate(cfg.logger, _convert_="all")] if cfg.logger else []
+    report(cfg, {"model": recipe}, loggers=loggers)
 
 
-def report(cfg: DictConfig, folders: Mapping[str, str], training: Training | None = None) -> None:
-    """Measure each folder's model on the config's held-out documents, alike; write, show and log what came out."""
+def check(cfg: DictConfig, config: PreTrainedConfig, documents: Sequence[Tokens]) -> None:
+    """Raise InputError if the evaluation that `cfg` asks for can't be done on these documents: cheap."""
+    tasks: dict[str, Task] = instantiate(cfg.evaluation, _convert_="all")
+    method: MaskedAttention = instantiate(cfg.evaluation_attention, _convert_="all")
+    for name, task in tasks.items():
+        task.check(documents)
+        method.check(config.get_text_config(), list(task.context_lengths))
+        if task.generates and not method.can_decode():
+            raise InputError(f"{method} can't decode, as evaluation.{name} does; evaluate another pattern")
+
+
+def report_training(cfg: DictConfig, folders: Mapping[str, str], training: Training) -> None:
+    """Measure the models in `folders`, label → path, as plain transformers loads them, for the run's report."""
+    told = {"steps": training.steps, "tokens_per_second": training.tokens_per_second, "history": training.history}
+    report(cfg, {label: _plain(cfg, path) for label, path in folders.items()}, training.loggers, **told)
+
+
+def report(cfg: DictConfig, recipes: Mapping[str, ModelRecipe], loggers: Sequence[Logger], **told: Any) -> None:
+    """Measure each model on the config's held-out documents, alike; write, show and log what came out."""
     tasks = instantiate(cfg.evaluation, _convert_="all")
     results = {}
-    for label, path in folders.items():
-        recipe = _plain(cfg, path)
-        model: Any = recipe.build("cuda" if torch.cuda.is_available() else "cpu").eval()
+    for label, recipe in recipes.items():
+        model: Any = recipe.build(_device()).eval()
         results[label] = evaluate(model, recipe.tokenizer, _documents(cfg, recipe), tasks, label=label)
         del model
         gc.collect()
-    told: dict[str, Any] = {}
-    if training is not None:
-        told = {"steps": training.steps, "tokens_per_second": training.tokens_per_second, "history": training.history}
     write_report(Path(cfg.run_dir), results, config=public(cfg), **told)
-    for logger in training.loggers if training else ():
+    for logger in loggers:
         if isinstance(logger, WandbLogger):
             log_media(logger.experiment, Path(cfg.run_dir), results)
     Console().print(table(results))
     print(f"report.json, pictures and more in {cfg.run_dir}")
 
 
-def _documents(cfg: DictConfig, recipe: PretrainedModel) -> list[Tokens]:
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _documents(cfg: DictConfig, recipe: ModelRecipe) -> list[Tokens]:
     datamodule = instantiate(cfg.datamodule, tokenizer=recipe.tokenizer, _convert_="all")
     documents: list[Tokens] = datamodule.heldout_documents()
     return documents
@@ -88,7 +105,7 @@ def _plain(cfg: DictConfig, path: str) -> PretrainedModel:
         gradient_checkpointing=False,
         attention=instantiate(cfg.evaluation_attention, _convert_="all"),
         rope=NoScaling(),
-        tuning=FullTuning(),
+        tuning=Frozen(),
         sequence_length=cfg.sequence_length,
         kernel=cfg.kernel,
     )

@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from lctrain.kernels.base import Kernel, MaskMod, MaskShape
+from lctrain.kernels.reference import ReferenceKernel
 
+MIN_QUERIES = 128  # fewer, as in decoding, are computed as they stand: a kernel for each length would be compiled
 RECOMPILE_LIMIT = 64  # shapes a process may meet: a curriculum's lengths, evaluation's, decoding
 
 
@@ -33,7 +35,9 @@ def _compiled(softcap: float | None) -> Any:
 class FlexKernel(Kernel):
     """Skips the blocks that the mask empties; plain causal attention goes to SDPA. Needs a CUDA device."""
 
-    def prepare(self, mask_mod: MaskMod, shape: MaskShape) -> BlockMask:
+    def prepare(self, mask_mod: MaskMod, shape: MaskShape) -> BlockMask | Tensor:
+        if shape.q_length < MIN_QUERIES:
+            return ReferenceKernel().prepare(mask_mod, shape)
         # Compiled, or the whole L×S grid would be materialised.
         return create_block_mask(
             mask_mod, shape.batch, shape.num_heads, shape.q_length, shape.kv_length, device=shape.device, _compile=True
@@ -44,11 +48,13 @@ class FlexKernel(Kernel):
         q_BHLD: Tensor,
         k_BKSD: Tensor,
         v_BKSD: Tensor,
-        prepared: BlockMask | None,
+        prepared: BlockMask | Tensor | None,
         *,
         scaling: float,
         softcap: float | None,
     ) -> Tensor:
+        if isinstance(prepared, Tensor):
+            return ReferenceKernel().attend(q_BHLD, k_BKSD, v_BKSD, prepared, scaling=scaling, softcap=softcap)
         if prepared is None and softcap is None:
             return F.scaled_dot_product_attention(
                 q_BHLD, k_BKSD, v_BKSD, is_causal=True, scale=scaling, enable_gqa=True

@@ -21,6 +21,15 @@ class Tuning(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Frozen(Tuning):
+    """Nothing trains: the model is measured."""
+
+    def apply(self, model: PreTrainedModel) -> PreTrainedModel:
+        model.requires_grad_(False)
+        return model
+
+
+@dataclass(frozen=True, kw_only=True)
 class FullTuning(Tuning):
     """Every parameter trains."""
 

@@ -93,7 +93,7 @@ def plan(cfg: DictConfig) -> Plan:
         rows=-(-micro_batch_tokens // longest),
         length=longest,
         kernel=kernel,
-        autocast=cfg.trainer.precision == "bf16-mixed",
+        autocast=cfg.trainer.precision == "bf16-mixed" or recipe.autocasts(),
         num_devices=world,
     )
     return Plan(

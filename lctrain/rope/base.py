@@ -66,9 +66,12 @@ class RopeScheme(ABC):
 
 def _context(config: PreTrainedConfig, rope: dict[str, Any], target_length: int) -> RopeContext:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    if rope.get("rope_type") == "linear":  # such a config tells the stretched length only
+        original = round(config.max_position_embeddings / rope["factor"])
     return RopeContext(
         rope_theta=rope["rope_theta"],
         dim=int(head_dim * rope.get("partial_rotary_factor", 1.0)),
-        original_max_position_embeddings=rope.get("original_max_position_embeddings") or config.max_position_embeddings,
+        original_max_position_embeddings=original,
         target_length=target_length,
     )

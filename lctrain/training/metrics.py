@@ -77,7 +77,7 @@ class Metrics(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         accumulate = trainer.accumulate_grad_batches
-        self._step_tokens += batch["input_ids"].numel() * trainer.world_size
+        self._step_tokens += batch["num_tokens"] * trainer.world_size
         if (batch_idx + 1) % accumulate:
             return
         now = time.perf_counter()

@@ -1,6 +1,7 @@
 """The LightningModule: one model, one objective, exact token-weighted means."""
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -43,6 +44,7 @@ class LongContextModule(LightningModule):
         self._num_valid_tokens = 0  # of this optimizer step, over all ranks
         self._validation: list[Tensor] = []
         self._row_length = 0
+        self.validated_step = -1
 
     def check(self, device: torch.device) -> None:
         """Refuse, before anything is written, settings that the objective, optimizer or scheduler can't take."""
@@ -70,15 +72,18 @@ class LongContextModule(LightningModule):
             local = torch.tensor(batch["num_valid_tokens"], device=self.device, dtype=torch.float64)
             total = cast(Tensor, self.all_gather(local)).sum() if world > 1 else local
             self._num_valid_tokens = max(int(total), 1)
-        return self.objective(self.model, batch) * (accumulate * world / self._num_valid_tokens)
+        with self._autocast():
+            loss = self.objective(self.model, batch)
+        return loss * (accumulate * world / self._num_valid_tokens)
 
     def on_validation_epoch_start(self) -> None:
         self._validation = []
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Sums and counts of the losses per bucket of positions in the document."""
-        hidden = hidden_states(self.model, batch["input_ids"], batch["position_ids"])
-        losses_N = token_losses(self.model, hidden, batch["labels"])[1]
+        with self._autocast():
+            hidden = hidden_states(self.model, batch["input_ids"], batch["position_ids"])
+            losses_N = token_losses(self.model, hidden, batch["labels"])[1]
         valid, self._row_length = batch["labels"] != IGNORED, batch["labels"].shape[1]
         buckets_N = batch["position_ids"][valid] * NUM_POSITION_BUCKETS // batch["input_ids"].shape[1]
         sums = torch.zeros(2, NUM_POSITION_BUCKETS, dtype=torch.float64, device=losses_N.device)
@@ -88,6 +93,7 @@ class LongContextModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Perplexity overall and by position; buckets are equal shares of the row."""
+        self.validated_step = self.trainer.global_step
         if not self._validation:
             return
         sums = torch.stack(self._validation).sum(0)
@@ -99,6 +105,11 @@ class LongContextModule(LightningModule):
             metrics[f"validation/perplexity_{bucket * length}-{(bucket + 1) * length}"] = mean.exp().item()
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, step=self.trainer.global_step)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if not self.recipe.autocasts():
+            return nullcontext()  # trainer.precision may autocast on its own
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])

@@ -40,15 +40,17 @@ class CausalLM(Objective):
             raise InputError(f"objective.loss={self.loss} is none of auto, tiled, liger")
         if self.loss == "liger" and (device.type != "cuda" or find_spec("liger_kernel") is None):
             raise InputError("objective.loss=liger needs CUDA and liger-kernel (pip install 'lctrain[gpu]')")
+        log.info("loss: %s linear cross-entropy", "Liger's" if self._uses_liger(device) else "tiled")
+
+    def _uses_liger(self, device: torch.device) -> bool:
+        auto = self.loss == "auto" and device.type == "cuda" and find_spec("liger_kernel") is not None
+        return self.loss == "liger" or auto
 
     def __call__(self, model: PreTrainedModel | PeftModel, batch: Mapping[str, Any]) -> Tensor:
         hidden_BLD = hidden_states(model, batch["input_ids"], batch["position_ids"])
-        use_liger = self.loss == "liger" or (self.loss == "auto" and hidden_BLD.is_cuda and find_spec("liger_kernel"))
-        return (
-            _liger(model, hidden_BLD, batch["labels"])
-            if use_liger
-            else token_losses(model, hidden_BLD, batch["labels"])[0]
-        )
+        if self._uses_liger(hidden_BLD.device):
+            return _liger(model, hidden_BLD, batch["labels"])
+        return token_losses(model, hidden_BLD, batch["labels"])[0]
 
 
 def _liger(model: PreTrainedModel | PeftModel, hidden_BLD: Tensor, labels_BL: Tensor) -> Tensor:

@@ -14,7 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from lctrain.config import dump, public
 from lctrain.errors import InputError
+from lctrain.evaluation.run import check as check_evaluation
 from lctrain.folder import RunFolder
+from lctrain.model.recipe import ModelRecipe
+from lctrain.rope.none import NoScaling
 from lctrain.training.metrics import Metrics, read_history
 
 # What may change between a run and its continuation without changing what step N computes: beginnings of keys.
@@ -54,13 +57,14 @@ def train(cfg: DictConfig) -> Trained:
     datamodule = instantiate(cfg.datamodule, tokenizer=module.recipe.tokenizer, _convert_="all")
     trainer = _trainer(cfg)
     device = trainer.strategy.root_device
+    _check_positions(module.recipe)
     module.recipe.check(datamodule.curriculum.lengths(), device.type)
     module.check(device)
     datamodule.trainer = trainer
     datamodule.prepare_data()
     datamodule.setup("fit")
-    for task in instantiate(cfg.evaluation, _convert_="all").values():  # refused now, not after the last step
-        task.check(datamodule.heldout_documents())
+    if cfg.evaluation:  # refused now, not after the last step
+        check_evaluation(cfg, module.recipe.config(), datamodule.heldout_documents())
     if trainer.is_global_zero:
         folder.acquire()
     checkpoint = folder.resume_from(cfg.resume)  # again: until here another process may have written one
@@ -69,6 +73,8 @@ def train(cfg: DictConfig) -> Trained:
     trainer.loggers = _loggers(cfg)
     lightning.seed_everything(cfg.seed, verbose=False)  # here: what was checked before may have drawn numbers
     trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+    if module.validated_step != trainer.global_step:
+        trainer.validate(module, datamodule, verbose=False)  # perplexity by position of what was trained
     metrics = next(callback for callback in trainer.callbacks if isinstance(callback, Metrics))  # type: ignore[attr-defined]
     return Trained(
         steps=trainer.global_step,
@@ -77,6 +83,15 @@ def train(cfg: DictConfig) -> Trained:
         loggers=trainer.loggers,
         is_global_zero=trainer.is_global_zero,
     )
+
+
+def _check_positions(recipe: ModelRecipe) -> None:
+    original = getattr(recipe.base_config().get_text_config(), "max_position_embeddings", recipe.sequence_length)
+    if isinstance(recipe.rope, NoScaling) and not recipe.rope.extrapolate and recipe.sequence_length > original:
+        raise InputError(
+            f"rope=none leaves the model at {original} positions and sequence_length is {recipe.sequence_length}; "
+            "choose a rope (yarn, linear, …), or say that it is meant with rope.extrapolate=true"
+        )
 
 
 def _trainer(cfg: DictConfig) -> Trainer:

@@ -1,4 +1,11 @@
-"""The methods of conf/attention at sizes where every pattern shows in 40 tokens, and a Llama that runs them."""
+"""The methods of conf/attention at sizes where every pattern shows in 40 tokens, and a Llama that runs them.
+
+A method's own test file declares `CASES`: name → (yaml, fields that shrink it, pattern written from the paper:
+(layer, query head of 4, query position, key position, length) -> may attend).
+"""
+
+import runpy
+from pathlib import Path
 
 import pytest
 from hydra.utils import get_class
@@ -7,15 +14,8 @@ from omegaconf import OmegaConf
 from lctrain.config import conf_dir
 from lctrain.model.install import install
 
-# What a test's name means: the yaml, and the fields that shrink it.
-METHODS = {
-    "full": ("full", {}),
-    "window": ("sliding_window", {"sliding_window": 5}),
-    "window per layer": ("sliding_window", {"sliding_window": [3, 7]}),
-    "streaming": ("streaming", {"num_sink_tokens": 2, "recent_size": 4}),
-    "s2 size": ("shifted_sparse", {"group_size_ratio": None, "group_size": 8}),
-    "s2 ratio": ("shifted_sparse", {"group_size_ratio": 0.25}),
-}
+FILES = sorted(path for path in Path(__file__).parent.glob("test_*.py") if path.stem != "test_methods")
+CASES = {name: case for path in FILES for name, case in runpy.run_path(str(path)).get("CASES", {}).items()}
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def method_of():
     """Attention methods by the names above, or by yaml with other fields."""
 
     def make(name, **changes):
-        yaml, fields = METHODS.get(name, (name, {}))
+        yaml, fields, _ = CASES.get(name, (name, {}, None))
         config = OmegaConf.to_container(OmegaConf.load(conf_dir() / "attention" / f"{yaml}.yaml"))
         return get_class(config.pop("_target_"))(**config | fields | changes)
 

@@ -1,6 +1,8 @@
 """What holds for every method, seen through a whole model."""
 
+import runpy
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,21 +13,10 @@ from lctrain.config import conf_dir
 from lctrain.errors import InputError
 from lctrain.model.install import install
 
-PATTERNS = {  # layer, query head of 4, query and key position, length -> may attend; straight from the papers
-    "full": lambda layer, h, q, k, n: k <= q,
-    "window": lambda layer, h, q, k, n: q - 5 < k <= q,
-    "window per layer": lambda layer, h, q, k, n: q - [3, 7][layer] < k <= q,
-    "streaming": lambda layer, h, q, k, n: k <= q and (k < 2 or q - k < 4),
-    "s2 size": lambda layer, h, q, k, n: k <= q and s2_group(q, h, 8) == s2_group(k, h, 8),
-    "s2 ratio": lambda layer, h, q, k, n: k <= q and s2_group(q, h, n // 4) == s2_group(k, h, n // 4),
-}
+CASES = runpy.run_path(str(Path(__file__).with_name("conftest.py")))["CASES"]
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=5e-5)
-METHODS = list(PATTERNS)
+METHODS = list(CASES)
 FIXED = [name for name in METHODS if name != "s2 ratio"]  # patterns that do not depend on the row's length
-
-
-def s2_group(position, head, size):
-    return position // size if head < 2 else (position + size // 2) // size
 
 
 def naive_attention(pattern):
@@ -46,7 +37,7 @@ def naive_attention(pattern):
 
 def naive(model, name):
     """The model in fp64 with the loop above."""
-    AttentionInterface.register("naive", naive_attention(PATTERNS[name]))
+    AttentionInterface.register("naive", naive_attention(CASES[name][2]))
     AttentionMaskInterface.register("naive", lambda **_: None)
     model.set_attn_implementation("naive")
     return model.double()

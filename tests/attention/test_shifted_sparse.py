@@ -5,6 +5,25 @@ from transformers import LlamaConfig
 from lctrain.attention.base import Layout
 from lctrain.errors import InputError
 
+
+def group(position, head, size):
+    return position // size if head < 2 else (position + size // 2) // size
+
+
+CASES = {
+    "s2 size": (
+        "shifted_sparse",
+        {"group_size_ratio": None, "group_size": 8},
+        lambda layer, h, q, k, n: k <= q and group(q, h, 8) == group(k, h, 8),
+    ),
+    "s2 ratio": (
+        "shifted_sparse",
+        {"group_size_ratio": 0.25},
+        lambda layer, h, q, k, n: k <= q and group(q, h, n // 4) == group(k, h, n // 4),
+    ),
+}
+FIELDS = {"group_size_ratio": 0.5, "group_size": (6, {"group_size_ratio": None})}  # another value of each
+
 CONFIG = LlamaConfig(num_attention_heads=8, num_key_value_heads=4)
 
 

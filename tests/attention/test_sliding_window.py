@@ -3,6 +3,16 @@ from transformers import LlamaConfig, MistralConfig
 
 from lctrain.errors import InputError
 
+CASES = {
+    "window": ("sliding_window", {"sliding_window": 5}, lambda layer, h, q, k, n: q - 5 < k <= q),
+    "window per layer": (
+        "sliding_window",
+        {"sliding_window": [3, 7]},
+        lambda layer, h, q, k, n: q - [3, 7][layer] < k <= q,
+    ),
+}
+FIELDS = {"sliding_window": [9, 9]}  # another value of each
+
 LLAMA = LlamaConfig(num_hidden_layers=2)
 
 

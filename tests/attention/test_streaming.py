@@ -3,6 +3,15 @@ from transformers import LlamaConfig
 
 from lctrain.errors import InputError
 
+CASES = {
+    "streaming": (
+        "streaming",
+        {"num_sink_tokens": 2, "recent_size": 4},
+        lambda layer, h, q, k, n: k <= q and (k < 2 or q - k < 4),
+    )
+}
+FIELDS = {"num_sink_tokens": 4, "recent_size": 9}  # another value of each
+
 
 @pytest.mark.parametrize("fields", [{"recent_size": 0}, {"recent_size": -1}, {"num_sink_tokens": -1}])
 def test_sizes_must_be_positive(method_of, fields):

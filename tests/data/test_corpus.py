@@ -1,7 +1,7 @@
 """Corpora read what is there, name it stably, and refuse what they cannot use by file and line."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
@@ -150,6 +150,24 @@ def test_hub_names_what_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.Mon
         names(hub("no/such"))
     with pytest.raises(InputError, match="max_documents"):
         hub("no/such", max_documents=0)
+
+
+def test_hub_names_the_row_behind_which_reading_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n' * 3)
+    (tmp_path / "train2.jsonl").write_text('{"text": "b"\n')
+    with pytest.raises(InputError, match=rf"dataset '{tmp_path}', split 'train', row 3: "):
+        names(hub(str(tmp_path), streaming=True))
+
+
+def test_hub_names_the_row_at_which_the_network_drops(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dropping(*_: object, **__: object) -> Iterator[dict[str, str]]:
+        yield {"text": "a"}
+        raise ConnectionError
+
+    monkeypatch.setattr(datasets, "load_dataset", dropping)
+    with pytest.raises(InputError, match="dataset 'some/set', split 'train', row 1: ConnectionError"):
+        names(hub("some/set", streaming=True))
 
 
 def test_mixture_reads_each_corpus_its_epochs(corpus: Corpus, corpus_of: Callable[..., Corpus]) -> None:

@@ -19,8 +19,16 @@ class Window:
     def __post_init__(self):
         if self.sliding_window < 1:
             raise InputError("sliding_window=0 must be at least 1")
+        if self.sliding_window == 12:
+            raise ValueError("12 is no\nwidth")
+        if self.sliding_window == 14:
+            further_down()
         if self.sliding_window == 13:
             raise ZeroDivisionError("a bug")
+
+
+def further_down():
+    raise ValueError("a bug")
 
 
 def refusal(**fields):
@@ -34,6 +42,8 @@ def refusal(**fields):
     ("fields", "line"),
     [
         ({"slidng_window": 4}, "no such option 'outer.slidng_window'; did you mean 'outer.sliding_window'?"),
+        ({"sliding_window": 12}, "outer: 12 is no width"),
+        ({"sliding_window": "4"}, "outer: '<' not supported between instances of 'str' and 'int'"),
         ({"sliding_window": 0}, "sliding_window=0 must be at least 1"),
         ({}, "outer: Window.__init__() missing 1 required keyword-only argument: 'sliding_window'"),
     ],
@@ -46,8 +56,9 @@ def test_a_target_that_is_not_there_is_named():
     assert "no_such_module" in str(refusal(_target_="no_such_module.Window"))
 
 
-def test_a_bug_in_a_constructor_is_not_the_users():
-    assert refusal(sliding_window=13) is None
+@pytest.mark.parametrize("width", [13, 14])
+def test_a_bug_in_a_constructor_or_below_it_is_not_the_users(width):
+    assert refusal(sliding_window=width) is None
 
 
 def test_compose_names_the_nearest():

@@ -23,6 +23,7 @@ REFUSED = {
     "plan seed": "cannot read 'seed'",
     "plan --config-dir nowhere": "nowhere' not found",
     "export": "no value for 'run_dir': give run_dir=…",
+    "train sequence_length=abc": "sequence_length=abc must be a whole number",
     "export run_dir=${nowhere}": "cannot resolve 'run_dir': Interpolation key 'nowhere' not found",
     "export run_dir=${oc.env:LCTRAIN_NOT_SET}": "Environment variable 'LCTRAIN_NOT_SET' not found",
 }
@@ -110,11 +111,18 @@ def test_a_run_sees_its_config_the_callers_folder_and_the_whole_command(export_w
 
     assert export_with(run) == (0, "")
     assert seen == {
-        "output": "r/exported",
+        "output": str(tmp_path / "r/exported"),
         "folder": tmp_path,
         "command": ["lctrain", "export", "run_dir=r"],  # a trainer starts its other processes with it
     }
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_home_folder_may_be_written_short(export_with, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen = []
+    assert export_with(lambda cfg: seen.append(cfg.output), "output=~/out") == (0, "")
+    assert seen == [str(tmp_path / "out")]
 
 
 def test_multirun_runs_once_for_each_value(export_with):

@@ -31,7 +31,11 @@ def test_usage_lists_every_group_choice_and_option(verb):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_groups_are_those_that_compose(verb):
-    assert all(config.compose(verb).get(group.rpartition("@")[2]) is not None for group in config.groups(verb) if group != "experiment")
+    assert all(
+        config.compose(verb).get(group.rpartition("@")[2]) is not None
+        for group in config.groups(verb)
+        if group != "experiment"
+    )
 
 
 def test_examples_compose(subtests):

@@ -12,7 +12,7 @@ from lctrain.attention.sliding_window import SlidingWindowAttention
 from lctrain.config import asset
 from lctrain.errors import InputError
 from lctrain.model.recipe import ScratchModel
-from lctrain.model.tuning import FullTuning, LoRATuning
+from lctrain.model.tuning import Frozen, FullTuning, LoRATuning
 from lctrain.rope.linear import LinearScaling
 from lctrain.rope.none import NoScaling
 from lctrain.rope.yarn import YaRN
@@ -72,11 +72,18 @@ class TestWhatLoads:
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
     def test_dtype(self, recipe, dtype):
-        assert {p.dtype for p in recipe("llama", dtype=dtype).build().parameters()} == {getattr(torch, dtype)}
+        assert {p.dtype for p in recipe("llama", dtype=dtype, tuning=Frozen()).build().parameters()} == {
+            getattr(torch, dtype)
+        }
+
+    @pytest.mark.parametrize("tuning", [FullTuning(), LORA])
+    def test_what_trains_is_kept_in_fp32(self, recipe, tuning):
+        model = recipe("llama", dtype="bfloat16", tuning=tuning).build()
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
     def test_auto_dtype_is_the_folders(self, folder, recipe):
         AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
-        assert recipe(folder).build().dtype == torch.bfloat16
+        assert recipe(folder, tuning=Frozen()).build().dtype == torch.bfloat16
 
     @pytest.mark.parametrize("rope", [NoScaling(), LinearScaling(), YaRN()])
     def test_angles_of_a_bf16_model_are_exact_at_position_100k(self, recipe, rope):
@@ -200,9 +207,9 @@ class TestArchitecture:
         assert config.config().rope_parameters["factor"] == 4.0
 
     def test_a_folder_of_another_shape_is_refused(self, recipe):
-        assert recipe("llama", architecture={"model_type": "llama", "num_hidden_layers": 2}).build()
+        recipe("llama", architecture={"model_type": "llama", "num_hidden_layers": 2}).check([64])
         with pytest.raises(InputError, match=r"model.architecture.num_hidden_layers is 3, but .* has 2"):
-            recipe("llama", architecture={"model_type": "llama", "num_hidden_layers": 3}).build()
+            recipe("llama", architecture={"model_type": "llama", "num_hidden_layers": 3}).check([64])
 
 
 class TestScratch:
@@ -233,7 +240,7 @@ class TestScratch:
         assert not torch.equal(weights(1), weights(2))
 
     def test_angles_of_a_bf16_model_stay_fp32(self, saved):
-        model = self.make(saved, dtype="bfloat16").build()
+        model = self.make(saved, dtype="bfloat16", tuning=Frozen()).build()
         assert model.dtype == torch.bfloat16
         assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 

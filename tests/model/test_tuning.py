@@ -26,7 +26,9 @@ NUM_PARAMETERS = 2 * 64 * 32 + 5 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 
 
 
 def test_the_tunings_here_are_those_of_conf():
-    assert {path.stem for path in (conf_dir() / "tuning").glob("*.yaml")} == {"full", "lora", "longlora", "modules"}
+    assert {path.stem for path in (conf_dir() / "tuning").glob("*.yaml")} == {
+        "frozen", "full", "lora", "longlora", "modules",
+    }  # fmt: skip
 
 
 def test_full(tiny):

@@ -13,7 +13,8 @@ from lctrain.errors import InputError
 from lctrain.training.metrics import read_history
 
 UNEVEN = ["datamodule.packing=whole", "optimizer=sgd", "optimizer.lr=1", "trainer.gradient_clip_val=0.5"]
-ONE_STEP = ["trainer.max_steps=1", "scheduler.num_warmup_steps=0", "rope=none", "sequence_length=128"]
+LONGER = ["rope=none", "rope.extrapolate=true"]
+ONE_STEP = ["trainer.max_steps=1", "scheduler.num_warmup_steps=0", "sequence_length=128", *LONGER]
 
 
 class Batches(Callback):
@@ -104,7 +105,7 @@ def test_tiled_is_what_auto_is_on_cpu(step):
 def test_validation_is_the_mean_over_valid_tokens_by_position(run, saved, compose, monkeypatch):
     logged: list[dict[str, float]] = []
     cfg = compose(
-        "trainer.max_steps=1", "rope=none", "sequence_length=64", "optimizer.lr=0", "trainer.val_check_interval=1"
+        "trainer.max_steps=1", *LONGER, "sequence_length=64", "optimizer.lr=0", "trainer.val_check_interval=1"
     )
     from hydra.utils import instantiate
     from lightning.pytorch.loggers import CSVLogger
