@@ -50,7 +50,7 @@ def train(cfg: DictConfig) -> Trained:
         raise InputError(f"trainer.max_steps={cfg.trainer.max_steps} must be at least 1")
     if str(cfg.trainer.precision) not in ("32-true", "bf16-mixed", "32"):
         raise InputError(
-            f"trainer.precision={cfg.trainer.precision} would cast the rotary tables too; set model.dtype instead"
+            f"trainer.precision={cfg.trainer.precision} is neither 32-true nor bf16-mixed; set model.dtype"
         )
     _quiet()
     module = instantiate(cfg.module, _convert_="all")
@@ -59,6 +59,8 @@ def train(cfg: DictConfig) -> Trained:
     device = trainer.strategy.root_device
     _check_positions(module.recipe)
     module.recipe.check(datamodule.curriculum.lengths(), device.type)
+    if not any(p.requires_grad for p in module.recipe.skeleton(module.recipe.config()).parameters()):
+        raise InputError(f"{module.recipe.tuning} leaves nothing to train; choose another tuning")
     module.check(device)
     datamodule.trainer = trainer
     datamodule.prepare_data()
