@@ -59,7 +59,8 @@ class LongContextModule(LightningModule):
             self.model = self.recipe.build(self.trainer.strategy.root_device)
 
     def on_fit_start(self) -> None:
-        check_head(self.model)
+        with self._autocast():
+            check_head(self.model)
         self.model.train()
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:

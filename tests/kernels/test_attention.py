@@ -7,6 +7,7 @@ from lctrain.errors import InputError
 from lctrain.kernels import sdpa
 from lctrain.kernels.base import MaskShape
 from lctrain.kernels.choose import choose
+from lctrain.kernels.flex import FlexKernel
 from lctrain.kernels.reference import ReferenceKernel
 from lctrain.kernels.sdpa import SDPAKernel
 
@@ -187,3 +188,17 @@ class TestChoose:
             choose("flex", softcap=None, device_type="cpu")
         with pytest.raises(InputError, match="kernel=sdpa can't cap attention scores"):
             choose("sdpa", softcap=50.0, device_type="cpu")
+
+
+def test_flex_computes_few_queries_as_they_stand():
+    """Decoding compiles no kernel, so this path runs without a card too."""
+    shape = MaskShape(
+        batch=1, num_heads=1, num_key_value_groups=2, q_length=3, kv_length=9,
+        device=torch.device("cpu"), dtype=torch.float32,
+    )  # fmt: skip
+    q, k, v = (torch.randn(1, heads, length, 16) for heads, length in ((4, 3), (2, 9), (2, 9)))
+    outs = []
+    for kernel in (FlexKernel(), SDPAKernel()):
+        prepared = kernel.prepare(lambda b, h, q_idx, kv_idx: kv_idx <= q_idx + 6, shape)
+        outs.append(kernel.attend(q, k, v, prepared, scaling=0.25, softcap=None))
+    torch.testing.assert_close(*outs)

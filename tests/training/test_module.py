@@ -140,3 +140,15 @@ def test_the_rows_of_another_tuning_are_refused(run, tmp_path):
     checkpoint = tmp_path / "lora/checkpoints/step-00000004.ckpt"
     with pytest.raises(InputError, match="written with another tuning"):
         run(f"resume={checkpoint}", "trainer.max_steps=6")
+
+
+def test_small_updates_of_a_bf16_model_are_not_lost(run, tmp_path):
+    """At 2e-5, which bf16 rounds away beside most weights, embeddings, norms and adapters all move."""
+    small = ["model.dtype=bfloat16", "tuning=longlora", "optimizer.lr=2e-5", "scheduler.num_warmup_steps=0"]
+    run(f"run_dir={tmp_path}/bf16", *small, "trainer.max_steps=3", "callbacks.checkpoint.every_num_steps=1")
+    first, last = (
+        torch.load(f"{tmp_path}/bf16/checkpoints/step-0000000{step}.ckpt", weights_only=True)["state_dict"]
+        for step in (2, 3)
+    )
+    assert {weight.dtype for weight in last.values()} == {torch.float32}
+    assert [name for name in last if torch.equal(first[name], last[name])] == []
