@@ -17,8 +17,13 @@ def unwrap(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def hidden_states(model: PreTrainedModel | PeftModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """Last hidden states [B, L, D], the final norm included."""
-    output = unwrap(model).get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    """Last hidden states [B, L, D], the final norm included. Documents are packed where positions restart."""
+    output = unwrap(model).get_decoder()(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=torch.ones_like(input_ids),  # nothing is padding; else transformers looks for documents itself
+        use_cache=False,
+    )
     return output.last_hidden_state  # type: ignore[no-any-return]
 
 

@@ -17,6 +17,7 @@ from lctrain.attention.base import Layout, MaskedAttention
 from lctrain.errors import InputError
 from lctrain.kernels.base import Kernel, MaskMod, MaskShape
 from lctrain.kernels.choose import choose
+from lctrain.parallel.ulysses import Ulysses
 
 _serial = itertools.count()
 _SCORE_TERMS = ("s_aux", "sinks", "position_bias", "indices", "block_indices")  # learned sinks, biases, chosen keys
@@ -31,7 +32,7 @@ class _Mask:
     kv_length: int
     q_offset: int
     kv_offset: int
-    mask_function: Callable[..., Any]  # causality, the model's own window, packed documents
+    mask_function: Callable[..., Any]  # causality, the model's own window
     padding_BS: Tensor | None  # True where a key is a token
     positions_BS: Tensor | None  # of keys among the row's tokens; given with padding
     prepared: dict[Any, Any] = field(default_factory=dict)
@@ -47,8 +48,16 @@ class _Mask:
         first = self.q_offset - self.kv_offset
         return kv[:, first : first + self.q_length], kv
 
-    def combine(self, visible: MaskMod, position_ids_BL: Tensor) -> MaskMod:
-        """`visible` and all that transformers asks for, over indices of this forward."""
+    def documents(self, position_ids_BL: Tensor) -> Tensor | None:
+        """The number of each token's document, where a row of the forward holds more than one; they are packed
+        where positions do not go on by one."""
+        if self.q_length != self.kv_length or self.padding_BS is not None:
+            return None
+        starts = position_ids_BL.diff(dim=1, prepend=position_ids_BL[:, :1] - 1) != 1
+        return starts.cumsum(1) if bool(starts.any()) else None
+
+    def combine(self, visible: MaskMod, position_ids_BL: Tensor, documents_BL: Tensor | None) -> MaskMod:
+        """`visible`, documents, padding and all that the architecture asks for, over indices of this forward."""
         q_pos, kv_pos = self.positions(position_ids_BL)
         one_row = q_pos.shape[0] == 1
         padding, q_offset, kv_offset = self.padding_BS, self.q_offset, self.kv_offset
@@ -57,6 +66,8 @@ class _Mask:
             row = b * 0 if one_row else b
             mask: Tensor = self.mask_function(b, h, q_idx + q_offset, kv_idx + kv_offset)
             mask = mask & visible(b, h, q_pos[row, q_idx], kv_pos[row, kv_idx])
+            if documents_BL is not None:
+                mask = mask & (documents_BL[row, q_idx] == documents_BL[row, kv_idx])
             if padding is not None:  # a padding query sees padding, so that no row of the softmax is empty
                 mask = mask & (padding[b, q_idx + (q_offset - kv_offset)] == padding[b, kv_idx])
             return mask
@@ -66,10 +77,14 @@ class _Mask:
 
 @dataclass(frozen=True)
 class _Installed:
-    """One method on one kernel, as the pair of functions that transformers calls."""
+    """One method on one kernel, as the pair of functions that transformers calls.
+
+    With `ulysses`, a forward's tokens are this rank's part of the row, and masks are those of the whole row.
+    """
 
     method: MaskedAttention
     kernel: Kernel
+    ulysses: Ulysses | None
 
     def make_mask(
         self,
@@ -89,6 +104,10 @@ class _Installed:
             tokens = nn.functional.pad(attention_mask.bool(), (0, unfilled))
             keys = slice(kv_offset, kv_offset + kv_length)  # a cache with a window has dropped those before
             padding, positions = tokens[:, keys], (tokens.cumsum(-1) - 1).clamp(min=0)[:, keys]
+        if self.ulysses is not None:
+            if padding is not None or q_length != kv_length:
+                raise InputError("sequence parallelism is for training: rows without padding, no cache")
+            q_length, kv_length = q_length * self.ulysses.size, kv_length * self.ulysses.size
         return _Mask(batch_size, q_length, kv_length, int(q_offset), kv_offset, mask_function, padding, positions)
 
     def attend(
@@ -110,24 +129,33 @@ class _Installed:
             raise InputError(f"{type(module).__name__} has {unknown[0]} in its softmax, which no kernel here computes")
         if dropout:
             raise InputError("this attention has no dropout; set attention_dropout to 0 in the model's config")
-        prepared = self._prepared(mask, module, q_BHLD, k_BKSD, position_ids)
         scaling = q_BHLD.shape[-1] ** -0.5 if scaling is None else scaling
-        out = self.kernel.attend(q_BHLD, k_BKSD, v_BKSD, prepared, scaling=scaling, softcap=softcap)
-        return out.transpose(1, 2), None
+
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            prepared = self._prepared(mask, module, q, k, position_ids)
+            return self.kernel.attend(q, k, v, prepared, scaling=scaling, softcap=softcap)
+
+        if self.ulysses is None:
+            return attention(q_BHLD, k_BKSD, v_BKSD).transpose(1, 2), None
+        return self.ulysses.attend(attention, q_BHLD, k_BKSD, v_BKSD).transpose(1, 2), None
 
     def _prepared(self, mask: _Mask, module: nn.Module, q: Tensor, k: Tensor, position_ids: Tensor | None) -> Any:
-        plain = mask.mask_function is causal_mask_function and mask.padding_BS is None
+        """What the kernel made of the mask of this layer's group; None for plain causal attention."""
+        position_ids, documents = self._row(mask, position_ids)
+        plain = mask.mask_function is causal_mask_function and mask.padding_BS is None and documents is None
         if plain and self.method.plain_causal and mask.q_length == mask.kv_length:
             return None
         if position_ids is None:
             raise InputError(f"{type(module).__name__} hands no position_ids to its attention; lctrain can't mask it")
         group = self.method.layer_group(module.layer_idx)  # type: ignore[arg-type]
-        if group not in mask.prepared:
+        if ("mask", group) not in mask.prepared:
+            num_ranks, rank = (1, 0) if self.ulysses is None else (self.ulysses.size, self.ulysses.rank)
             layout = Layout(
                 length=mask.kv_length,
-                num_attention_heads=q.shape[1],
-                num_key_value_heads=k.shape[1],
+                num_attention_heads=q.shape[1] * num_ranks,
+                num_key_value_heads=q.shape[1] * num_ranks // module.num_key_value_groups,  # type: ignore[operator]
                 layer_idx=module.layer_idx,  # type: ignore[arg-type]
+                first_head=q.shape[1] * rank,
                 decoding=mask.q_length != mask.kv_length,
             )
             shape = MaskShape(
@@ -139,20 +167,33 @@ class _Installed:
                 device=q.device,
                 dtype=q.dtype,
             )
-            mask.prepared[group] = self.kernel.prepare(mask.combine(self.method.visible(layout), position_ids), shape)
-        return mask.prepared[group]
+            combined = mask.combine(self.method.visible(layout), position_ids, documents)
+            mask.prepared["mask", group] = self.kernel.prepare(combined, shape)
+        return mask.prepared["mask", group]
+
+    def _row(self, mask: _Mask, position_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Positions and documents of the whole row, found once per forward."""
+        if position_ids is None:
+            return None, None
+        if "row" not in mask.prepared:
+            position_ids = position_ids if self.ulysses is None else self.ulysses.gather(position_ids)
+            mask.prepared["row"] = position_ids, mask.documents(position_ids)
+        row: tuple[Tensor, Tensor | None] = mask.prepared["row"]
+        return row
 
 
-def install(model: PreTrainedModel, method: MaskedAttention, kernel: str = "auto") -> str:
+def install(
+    model: PreTrainedModel, method: MaskedAttention, kernel: str = "auto", ulysses: Ulysses | None = None
+) -> str:
     """Make `model` attend by `method` on `kernel` from its next forward on.
 
     Registers a name of its own in transformers' interfaces, so models with different methods live side by side.
-    Returns the name of the kernel that was chosen.
+    Under `ulysses` its forwards take this rank's part of each row. Returns the name of the kernel that was chosen.
     Raises InputError if the kernel can't run, or the model's attention does not go through the interface.
     """
     softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     name, chosen = choose(kernel, softcap=softcap, device_type=model.device.type)
-    installed = _Installed(method, chosen)
+    installed = _Installed(method, chosen, ulysses)
     implementation = f"lctrain_{next(_serial)}"
     AttentionInterface.register(implementation, installed.attend)
     AttentionMaskInterface.register(implementation, installed.make_mask)

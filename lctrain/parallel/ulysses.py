@@ -1,0 +1,96 @@
+"""Sequence parallelism by exchanging heads for tokens (DeepSpeed Ulysses, Jacobs et al., arXiv:2309.14509).
+
+Every rank holds L = S / n tokens of a row. For attention, and only there, it trades: it gives away its tokens of other
+ranks' heads and gets all S tokens of its own. What runs in between is any attention, told which heads it sees.
+
+Shape legend: B batch, H query heads, K key-value heads, S tokens of the row, L = S / n tokens here, D head dim,
+n ranks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lctrain.errors import InputError
+
+
+@dataclass(frozen=True)
+class Ulysses:
+    """The exchange over one group of ranks, consecutive tokens with consecutive ranks.
+
+    Deviation from the paper: key-value heads that n does not divide are repeated until it does, so that n may exceed
+    their number. DeepSpeed's own wrapper drops masks that are not its own; patterns and packed documents need ours.
+    """
+
+    group: dist.ProcessGroup
+
+    @property
+    def size(self) -> int:
+        return self.group.size()
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank()
+
+    def attend(
+        self, attention: Callable[[Tensor, Tensor, Tensor], Tensor], q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor
+    ) -> Tensor:
+        """`attention` on all tokens of this rank's heads; the result is of this rank's tokens again, [B, H, L, D]."""
+        repeats = num_repeats(k_BKLD.shape[1], self.size)
+        k_BKLD, v_BKLD = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (k_BKLD, v_BKLD))
+        shares = [x.unflatten(1, (self.size, -1)) for x in (q_BHLD, k_BKLD, v_BKLD)]
+        widths = [share.shape[2] for share in shares]
+        given_nBhLD = torch.cat(shares, dim=2).transpose(0, 1).contiguous()  # one exchange for all three
+        got_nBhLD = self._exchange(given_nBhLD)
+        q, k, v = got_nBhLD.permute(1, 2, 0, 3, 4).flatten(2, 3).split(widths, dim=1)  # [B, h, S, D]
+        out_BhSD = attention(q, k, v)
+        out_nBhLD = out_BhSD.unflatten(2, (self.size, -1)).permute(2, 0, 1, 3, 4).contiguous()
+        return self._exchange(out_nBhLD).transpose(0, 1).flatten(1, 2)
+
+    def gather(self, x_BL: Tensor) -> Tensor:
+        """The whole row [B, S] of what each rank holds a part of; no gradient."""
+        parts = [torch.empty_like(x_BL) for _ in range(self.size)]
+        dist.all_gather(parts, x_BL.contiguous(), group=self.group)
+        return torch.cat(parts, dim=1)
+
+    def _exchange(self, x_n: Tensor) -> Tensor:
+        out: Tensor = _AllToAll.apply(x_n, self.group)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _AllToAll(torch.autograd.Function):
+    """Entry i goes to rank i. Its own inverse, and so its own gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x_n: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        out_n = torch.empty_like(x_n)
+        dist.all_to_all_single(out_n, x_n, group=group)
+        return out_n
+
+    @staticmethod
+    def backward(ctx: Any, d_out_n: Tensor) -> tuple[Tensor, None]:
+        d_x_n = torch.empty_like(d_out_n, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(d_x_n, d_out_n.contiguous(), group=ctx.group)
+        return d_x_n, None
+
+
+def num_repeats(num_key_value_heads: int, size: int) -> int:
+    """How often a key-value head stands in the exchange, so that `size` ranks get equal shares."""
+    return size // gcd(num_key_value_heads, size)
+
+
+def check_heads(num_attention_heads: int, num_key_value_heads: int, size: int) -> None:
+    """InputError where `size` ranks can't each attend with equally many whole heads."""
+    groups = num_attention_heads // num_key_value_heads
+    if num_attention_heads % size or groups % num_repeats(num_key_value_heads, size):
+        raise InputError(
+            f"sequence_parallel_size={size} can't share {num_attention_heads} attention heads on "
+            f"{num_key_value_heads} key-value heads evenly; choose a divisor of {num_attention_heads} that keeps "
+            "query heads beside the key-value head they share"
+        )
