@@ -34,6 +34,7 @@ class MaskedAttention(ABC):
     """
 
     plain_causal: ClassVar[bool] = False  # the pattern is everything: a kernel may take its causal shortcut
+    supports_sequence_parallel: ClassVar[bool] = True  # `visible` asks the layout which heads are here
 
     @abstractmethod
     def visible(self, layout: Layout) -> MaskMod:

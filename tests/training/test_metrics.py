@@ -87,7 +87,7 @@ def test_a_loss_that_is_nan_stops_before_the_update_and_names_the_batch(run, tmp
     poison = ["+callbacks.poison._target_=sabotage.Poison", "+callbacks.poison.step=4"]
     saves = ["callbacks.checkpoint.every_num_steps=2", "trainer.accumulate_grad_batches=2"]
     last = tmp_path / "run/checkpoints/step-00000002.ckpt"
-    line = f"the loss of micro-batch 2/2 of step 4 is nan; nothing was updated, the last checkpoint is {last}"
+    line = f"the loss of step 4 is nan; nothing was updated, the last checkpoint is {last}"
     with pytest.raises(RunError, match=re.escape(line)):
         run(*saves, *poison)
     assert [path.name for path in last.parent.iterdir()] == [last.name]
