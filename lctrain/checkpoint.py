@@ -57,6 +57,11 @@ def read_parameters(folder: Path) -> dict[str, ParameterState]:
     return {name: state for file in rank_files(folder) for name, state in _read(file)["parameters"].items()}
 
 
+def read_values(folder: Path) -> dict[str, Tensor]:
+    """Name → the parameter alone."""
+    return {name: state[VALUE] for name, state in read_parameters(folder).items()}
+
+
 def check_names(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """InputError unless the checkpoint holds exactly the parameters that train."""
     if differ := sorted(found.keys() ^ wanted.keys()):

@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 
-from lctrain.checkpoint import VALUE, check_names, read_parameters
+from lctrain.checkpoint import check_names, read_values
 from lctrain.errors import InputError
 from lctrain.folder import RunFolder, is_whole, whole_checkpoints
 
@@ -39,7 +39,7 @@ def export(run_dir: str, checkpoint: str, output: str, dtype: str = "auto") -> P
     cfg = cast(DictConfig, OmegaConf.load(folder.config))
     recipe = instantiate(cfg.model, kernel="auto", _convert_="all")  # nothing runs here
     model = recipe.build()
-    found = {name.removeprefix("model."): state[VALUE] for name, state in read_parameters(path).items()}
+    found = {name.removeprefix("model."): value for name, value in read_values(path).items()}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     check_names(path, found, trained)
     for name, parameter in trained.items():
