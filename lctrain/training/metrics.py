@@ -47,7 +47,8 @@ class Metrics(Callback):
         self._started = time.perf_counter()
         rows = [row for row in read_history(self.history) if row["step"] <= trainer.global_step]
         self._tokens_seen = int(rows[-1]["tokens"]) if rows else 0
-        write_aside(self.history, "".join(json.dumps(row) + "\n" for row in rows))
+        if trainer.is_global_zero:
+            write_aside(self.history, "".join(json.dumps(row) + "\n" for row in rows))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.perf_counter()  # validation is not training time

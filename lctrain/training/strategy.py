@@ -212,8 +212,9 @@ class ZeRO(ShardedCheckpoints, DeepSpeedStrategy):
         self._init_config_if_needed()
         assert isinstance(self.config, dict)
         self.config.setdefault("train_micro_batch_size_per_gpu", 1)
-        self._transformers_config = HfDeepSpeedConfig(self.config)  # heard of for as long as it lives
+        known = HfDeepSpeedConfig(self.config)  # transformers knows of stage 3 for as long as this lives
         yield
+        del known
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)

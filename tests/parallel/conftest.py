@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -32,15 +33,22 @@ def start_ranks(folder: Path, num_ranks: int, cases: Cases, num_nodes: int = 1) 
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder / "cases.json"), "-v"],
+            [sys.executable, str(WORKER), str(folder / "cases.json")],
             env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_ranks)},
             stdout=(folder / f"log-{rank}.txt").open("w"),
             stderr=subprocess.STDOUT,
         )
         for rank in range(num_ranks)
     ]
-    for rank in ranks:
-        rank.wait(600)
+    try:
+        while any(rank.poll() is None for rank in ranks):
+            if failed := [i for i, rank in enumerate(ranks) if rank.poll()]:
+                raise AssertionError((folder / f"log-{failed[0]}.txt").read_text()[-3000:])
+            time.sleep(0.1)
+    finally:
+        for rank in ranks:  # those who still wait for one that failed
+            rank.kill()
+            rank.wait()
     return [json.loads((folder / f"outcomes-{rank}.json").read_text()) for rank in range(num_ranks)]
 
 

@@ -1,19 +1,19 @@
 """One rank: trains the cases of a JSON file one after the other, and says how each ended.
 
-    python worker.py cases.json      with the variables that torchrun sets; cases maps names to overrides
+python worker.py cases.json      with the variables that torchrun sets; cases maps names to overrides
 """
 
 import json
 import os
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import torch
 
 from launch.quiet import quiet
 from lctrain import config
+from lctrain.errors import InputError, RunError
 from lctrain.training.run import train
 
 
@@ -27,10 +27,8 @@ def main() -> None:
         try:
             train(config.compose("train", overrides))
             outcomes[name] = "done"
-        except Exception as error:
+        except (InputError, RunError) as error:
             outcomes[name] = f"{type(error).__name__}: {error}"
-            if "-v" in sys.argv:
-                traceback.print_exc()
         if os.environ["RANK"] == "0":
             print(f"{time.perf_counter() - started:6.2f} s  {name}: {outcomes[name]}", flush=True)
     path.with_name(f"outcomes-{os.environ['RANK']}.json").write_text(json.dumps(outcomes))
