@@ -45,7 +45,7 @@ def export(run_dir: str, checkpoint: str, output: str, dtype: str = "auto") -> P
     for name, parameter in trained.items():
         parameter.data.copy_(found[name])
     merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
-    merged.to(recipe.torch_dtype(merged.config) if dtype == "auto" else getattr(torch, dtype))
+    merged.to(recipe.torch_dtype(recipe.config()) if dtype == "auto" else getattr(torch, dtype))
     aside = target.with_name(target.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     merged.save_pretrained(aside)

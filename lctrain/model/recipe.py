@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled  # type: ignore[attr-defined]
+from transformers.integrations import HfDeepSpeedConfig  # type: ignore[attr-defined]
 
 from lctrain.attention.base import MaskedAttention
 from lctrain.errors import InputError
@@ -98,14 +98,25 @@ class ModelRecipe(ABC):
             check_heads(config.num_attention_heads, config.num_key_value_heads, sequence_parallel_size)
         return config
 
-    def build(self, device: torch.device | str = "cpu", ulysses: Ulysses | None = None) -> PreTrainedModel | PeftModel:
+    def build(
+        self,
+        device: torch.device | str = "cpu",
+        ulysses: Ulysses | None = None,
+        zero3: Mapping[str, Any] | None = None,
+    ) -> PreTrainedModel | PeftModel:
         """Load to `device`, install the attention on a kernel that runs there, choose what trains.
 
-        Under ZeRO-3 transformers loads each parameter straight into its shards, on the device that they belong to.
+        Under `zero3`, DeepSpeed's config, each parameter goes straight into its shards: no rank ever holds the model.
         """
-        model = self.load(self.config())
-        if not is_deepspeed_zero3_enabled():
+        config = self.config()
+        if zero3 is None:
+            model = self.load(config)
             model.to(device)  # type: ignore[arg-type]
+        else:
+            bf16 = {"enabled": self.loaded_dtype(config) == torch.bfloat16}
+            known = HfDeepSpeedConfig({**zero3, "bf16": bf16})  # transformers shards for as long as this lives
+            model = self.load(config)
+            del known
         kernel = install(model, self.attention, self.kernel, ulysses)
         log.info("attention: %s on kernel %s", self.attention, kernel)
         tuned = self._tune(model)
@@ -129,6 +140,10 @@ class ModelRecipe(ABC):
     def autocasts(self) -> bool:
         """Whether the model is half precision: what trains is kept in fp32 then, and computed with in bf16."""
         return self.torch_dtype(self.config()) != torch.float32
+
+    def loaded_dtype(self, config: PreTrainedConfig) -> torch.dtype:
+        """What the weights are loaded in: fp32 where all of them train."""
+        return torch.float32 if self.tuning.trains_all else self.torch_dtype(config)
 
     def torch_dtype(self, config: PreTrainedConfig) -> torch.dtype:
         """What `dtype` means for a model of this config."""
@@ -166,7 +181,7 @@ class PretrainedModel(ModelRecipe):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.path,
                 config=config,
-                dtype=self.torch_dtype(config),
+                dtype=self.loaded_dtype(config),
                 revision=self.revision,
                 use_safetensors=self.use_safetensors,
                 trust_remote_code=self.trust_remote_code,
@@ -254,7 +269,7 @@ class ScratchModel(ModelRecipe):
         return AutoConfig.for_model(**{**self.architecture, **special, "vocab_size": len(self.tokenizer)})
 
     def load(self, config: PreTrainedConfig) -> PreTrainedModel:
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=self.torch_dtype(config)))
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=self.loaded_dtype(config)))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -15,6 +16,8 @@ from lctrain.errors import InputError
 
 class Tuning(ABC):
     """Sets `requires_grad` of every parameter, and may wrap the model in PEFT's."""
+
+    trains_all: ClassVar[bool] = False  # every parameter, so that all are loaded in fp32
 
     @abstractmethod
     def apply(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
@@ -33,6 +36,8 @@ class Frozen(Tuning):
 @dataclass(frozen=True, kw_only=True)
 class FullTuning(Tuning):
     """Every parameter trains."""
+
+    trains_all: ClassVar[bool] = True
 
     def apply(self, model: PreTrainedModel) -> PreTrainedModel:
         model.requires_grad_(True)
@@ -104,9 +109,9 @@ def keep_trained_in_fp32(model: nn.Module) -> None:
             if not hasattr(parameter, "ds_id"):
                 parameter.data = parameter.data.float()
                 continue
-            from deepspeed.zero import GatheredParameters  # a shard can't change its type: it becomes a new parameter
+            import deepspeed
 
-            with GatheredParameters([parameter]):
+            with deepspeed.zero.GatheredParameters([parameter]):  # a shard can't change its type: it is made anew
                 whole = nn.Parameter(parameter.data.float())
             module.register_parameter(name, whole)
 

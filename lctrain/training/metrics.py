@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lctrain.errors import RunError
 from lctrain.plan.flops import device_peak_flops, training_flops
 from lctrain.training.checkpoint import Checkpoint
+from lctrain.training.strategy import ShardedCheckpoints
 
 REPORT_EVERY_SECONDS = 10.0  # without a terminal
 
@@ -62,7 +63,7 @@ class Metrics(Callback):
             return  # DeepSpeed's engine is stepped behind every micro-batch
         self._loss = trainer.strategy.reduce(self._loss, reduce_op="mean")
         self._require_finite(trainer, "the loss", float(self._loss), trainer.global_step + 1)
-        self._grad_norm = trainer.strategy.gradient_norm()  # type: ignore[attr-defined]
+        self._grad_norm = cast(ShardedCheckpoints, trainer.strategy).gradient_norm()
         if self._grad_norm is not None:
             self._require_finite(trainer, "the gradient", self._grad_norm, trainer.global_step + 1)
         self._lr = optimizer.param_groups[0]["lr"]
@@ -83,7 +84,7 @@ class Metrics(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if self._grad_norm is None:
-            self._grad_norm = trainer.strategy.applied_gradient_norm()  # type: ignore[attr-defined]
+            self._grad_norm = cast(ShardedCheckpoints, trainer.strategy).applied_gradient_norm()
             self._require_finite(trainer, "the gradient", self._grad_norm, trainer.global_step)
         tokens = torch.tensor(self._step_tokens, device=pl_module.device)
         self._step_tokens = int(trainer.strategy.reduce(tokens, reduce_op="sum"))

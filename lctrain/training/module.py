@@ -19,6 +19,7 @@ from lctrain.model.head import IGNORED, check_head, hidden_states, token_losses
 from lctrain.model.recipe import ModelRecipe
 from lctrain.parallel.ulysses import Ulysses
 from lctrain.training.objective import Objective
+from lctrain.training.strategy import ShardedCheckpoints
 
 NUM_POSITION_BUCKETS = 8
 
@@ -59,7 +60,8 @@ class LongContextModule(LightningModule):
         if hasattr(self, "model"):
             return
         group = self.trainer.datamodule.mesh.sequence_group()  # type: ignore[attr-defined]
-        self.model = self.recipe.build(self.trainer.strategy.root_device, Ulysses(group) if group else None)
+        strategy = cast(ShardedCheckpoints, self.trainer.strategy)
+        self.model = self.recipe.build(strategy.root_device, Ulysses(group) if group else None, strategy.zero3)
         self.model.train()
 
     def forward(self) -> None:

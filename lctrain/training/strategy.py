@@ -58,6 +58,11 @@ class ShardedCheckpoints(Strategy):
         """The optimizer behind what wraps it."""
         return self.optimizers[0]
 
+    @property
+    def zero3(self) -> dict[str, Any] | None:
+        """What to shard parameters by while they are loaded."""
+        return None
+
     def gradient_norm(self) -> float | None:
         """Of the whole gradient, before it is clipped; None where it is known only after the step."""
         gradients = [p.grad for p in self.trained().values() if p.grad is not None]
@@ -206,15 +211,15 @@ class ZeRO(ShardedCheckpoints, DeepSpeedStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Under stage 3 transformers loads every parameter straight into its shards."""
-        from transformers.integrations import HfDeepSpeedConfig  # type: ignore[attr-defined]
+        """Nothing: the recipe shards what it loads by `zero3`."""
+        yield
 
+    @property
+    def zero3(self) -> dict[str, Any] | None:
+        """DeepSpeed's config where parameters are sharded."""
         self._init_config_if_needed()
         assert isinstance(self.config, dict)
-        self.config.setdefault("train_micro_batch_size_per_gpu", 1)
-        known = HfDeepSpeedConfig(self.config)  # transformers knows of stage 3 for as long as this lives
-        yield
-        del known
+        return {"train_micro_batch_size_per_gpu": 1, **self.config} if self.zero_stage_3 else None
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
