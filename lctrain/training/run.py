@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
@@ -16,12 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from lctrain.checkpoint import read_state
 from lctrain.config import dump, public
 from lctrain.data.datamodule import LongContextData
-from lctrain.errors import InputError
+from lctrain.errors import InputError, RunError
 from lctrain.evaluation.run import check as check_evaluation
 from lctrain.folder import RunFolder
 from lctrain.model.recipe import ModelRecipe
 from lctrain.rope.none import NoScaling
 from lctrain.training.metrics import Metrics, read_history
+from lctrain.training.watchdog import Watchdog
 
 # What may change between a run and its continuation without changing what step N computes: beginnings of keys.
 FREE_TO_CHANGE = (
@@ -81,7 +83,7 @@ def train(cfg: DictConfig) -> Trained:
         folder.config.write_text(dump(cfg))
     trainer.loggers = _loggers(cfg)
     lightning.seed_everything(cfg.seed, verbose=False)  # here: what was checked before may have drawn numbers
-    trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+    _fit(trainer, module, datamodule, checkpoint)
     if module.validated_step != trainer.global_step:
         trainer.validate(module, datamodule, verbose=False)  # perplexity by position of what was trained
     metrics = next(callback for callback in trainer.callbacks if isinstance(callback, Metrics))  # type: ignore[attr-defined]
@@ -92,6 +94,18 @@ def train(cfg: DictConfig) -> Trained:
         loggers=trainer.loggers,
         is_global_zero=trainer.is_global_zero,
     )
+
+
+def _fit(trainer: Trainer, module: LightningModule, datamodule: LongContextData, checkpoint: Path | None) -> None:
+    """`trainer.fit`; where an exchange failed because a rank is gone, RunError says which."""
+    try:
+        trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+    except RuntimeError as error:
+        watchdogs = [callback for callback in trainer.callbacks if isinstance(callback, Watchdog)]  # type: ignore[attr-defined]
+        exchanged = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if exchanged and watchdogs and (lost := watchdogs[0].lost()):
+            raise RunError(lost) from error
+        raise
 
 
 def _check_tokens_per_step(checkpoint: Path | None, datamodule: LongContextData) -> None:
