@@ -1,6 +1,7 @@
 """One training run: everything comes instantiated from the config, in the order in which it can be refused cheaply."""
 
 import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import lightning
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
@@ -18,10 +20,10 @@ from lctrain.config import dump, public
 from lctrain.data.datamodule import LongContextData
 from lctrain.errors import InputError
 from lctrain.evaluation.run import check as check_evaluation
-from lctrain.folder import RunFolder
+from lctrain.folder import RunFolder, read_history
 from lctrain.model.recipe import ModelRecipe
 from lctrain.rope.none import NoScaling
-from lctrain.training.metrics import Metrics, read_history
+from lctrain.training.metrics import Metrics, write_aside
 
 # What may change between a run and its continuation without changing what step N computes: beginnings of keys.
 FREE_TO_CHANGE = (
@@ -78,7 +80,7 @@ def train(cfg: DictConfig) -> Trained:
         folder.acquire()
     checkpoint = folder.resume_from(cfg.resume)  # again: until here another process may have written one
     if trainer.is_global_zero:
-        folder.config.write_text(dump(cfg))
+        write_aside(folder.config, dump(cfg))  # other ranks may be reading it
     trainer.loggers = _loggers(cfg)
     lightning.seed_everything(cfg.seed, verbose=False)  # here: what was checked before may have drawn numbers
     trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -116,7 +118,9 @@ def _check_positions(recipe: ModelRecipe) -> None:
 
 def _trainer(cfg: DictConfig) -> Trainer:
     callbacks = list(instantiate(cfg.callbacks, _convert_="all").values())
-    settings = {"default_root_dir": cfg.run_dir, "callbacks": callbacks, "logger": False}
+    # Under srun; Lightning's own requeueing would save inside a signal handler.
+    plugins = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    settings = {"default_root_dir": cfg.run_dir, "callbacks": callbacks, "plugins": plugins, "logger": False}
     try:
         return instantiate(cfg.trainer, **settings, _convert_="all")  # type: ignore[no-any-return]
     except InstantiationException as error:
@@ -126,7 +130,8 @@ def _trainer(cfg: DictConfig) -> Trainer:
 
 
 def _quiet() -> None:
-    """Switches off what Lightning says of itself, device counts and tips; its warnings stay."""
+    """Switches off what Lightning says of itself, device counts and tips; its warnings stay, but for one hint."""
+    warnings.filterwarnings("ignore", message="The `srun` command is available")  # one process needs none
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
