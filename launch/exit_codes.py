@@ -1,6 +1,7 @@
 """What the shell learns: 0 done, 2 the input was wrong, 75 stopped on request with a checkpoint, 1 anything else."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ def exit_codes(verb: str, overrides: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except Stopped as error:
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # srun ends the ranks when the first has left
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(os.EX_TEMPFAIL) from None
     except (RunError, KeyboardInterrupt) as error:

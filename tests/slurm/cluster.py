@@ -6,7 +6,6 @@ so that killing a node's first process is a power cut. `python -m tests.slurm.cl
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -67,13 +66,16 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
+        self.small_disk = folder / "small"  # 300 MB
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
         """Return when both nodes take jobs. Unavailable, with the daemon's last words, where one does not start."""
+        self._unmount()
         shutil.rmtree(self.folder, ignore_errors=True)
-        for name in ("log", "state", "spool/node1", "spool/node2", "db"):
+        for name in ("log", "state", "spool/node1", "spool/node2", "db", "small"):
             (self.folder / name).mkdir(parents=True)
+        self._run_once("mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", str(self.small_disk))
         self._configure()
         self._start_munge()
         self._start_accounting()
@@ -96,6 +98,10 @@ class Cluster:
                 daemon.kill()
                 daemon.wait()
         self._daemons.clear()
+        self._unmount()
+
+    def _unmount(self) -> None:
+        subprocess.run(["umount", "--quiet", self.small_disk], check=False)
 
     def power_on(self, node: str) -> None:
         """Boot a node."""
@@ -193,6 +199,5 @@ if __name__ == "__main__":
     install()
     cluster = Cluster(Path("/tmp/slurm-lctrain"))
     cluster.start()
-    print(f"export SLURM_CONF={cluster.environment['SLURM_CONF']}  # end with ^C", flush=True)
-    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    input(f"export SLURM_CONF={cluster.environment['SLURM_CONF']}\nEnter ends it ")
     cluster.stop()
