@@ -16,9 +16,7 @@ def exit_codes(verb: str, overrides: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except Stopped as error:
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # srun ends the ranks when the first has left
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun ends the ranks when the first has left
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(os.EX_TEMPFAIL) from None
     except (RunError, KeyboardInterrupt) as error:

@@ -33,7 +33,7 @@ def _compose_and_run(verb: str, overrides: list[str]) -> None:
     import hydra
 
     command, module = sys.argv, importlib.import_module(f"launch.{verb}")
-    overrides = [getattr(module, "FLAGS", {}).get(word, word) for word in overrides]
+    overrides = [getattr(module, "WORDS", {}).get(word, word) for word in overrides]
     if overrides and not re.search("=|^-", overrides[0]) and hasattr(module, "FIRST"):
         overrides[0] = f"{module.FIRST}={overrides[0]}"
 

@@ -1,11 +1,17 @@
 # shellcheck shell=bash
 # One process per GPU, in a job that comes back until its run is done.
 
+run_dir=${run_dir:-runs/job-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then # an array is a run for each number, with that seed
+  run_dir+=/$SLURM_ARRAY_TASK_ID
+  set -- "seed=$SLURM_ARRAY_TASK_ID" "$@"
+fi
+
 # USR1 comes before the time limit (--signal), TERM when the job is preempted, requeued or cancelled. The ranks then
 # finish their step, write one checkpoint together and end with 75.
 trap 'kill -USR1 "$step"' USR1 TERM
 
-srun --kill-on-bad-exit=1 python -m launch train resume=auto "run_dir=${run_dir:-runs/job-$SLURM_JOB_ID}" \
+srun --kill-on-bad-exit=1 python -m launch train resume=auto "run_dir=$run_dir" \
   "trainer.num_nodes=$SLURM_NNODES" "trainer.devices=$SLURM_NTASKS_PER_NODE" "$@" &
 step=$!
 wait "$step"

@@ -12,22 +12,31 @@ from omegaconf import DictConfig
 from lctrain.cluster.job import Job, parse_time
 from lctrain.cluster.slurm import nodes, partition_limits
 from lctrain.errors import InputError
-from lctrain.evaluation.run import check as check_evaluation
+from lctrain.evaluation.run import check as check_tasks
 from lctrain.plan.run import plan, verdict
 
 GIB = 2**30
 
 
-def check(cfg: DictConfig, job: Job) -> Iterator[str]:
-    """What was found to be right, one line each. InputError at the first thing that is not.
+def check_evaluation(cfg: DictConfig, job: Job) -> Iterator[str]:
+    """What was found to be right, one line each. InputError at the first thing that is not."""
+    yield f"cluster {check_partition(job)}"
+    recipe = instantiate(cfg.model, _convert_="all")
+    recipe.check([cfg.sequence_length], "cpu" if job.gpus_per_node == 0 else "cuda")
+    yield f"model   {check_model(cfg, job)}"
+    documents = instantiate(cfg.datamodule, tokenizer=recipe.tokenizer, _convert_="all").heldout_documents()
+    check_tasks(cfg, recipe.config(), documents)
+    yield f"data    {len(documents):,} held-out documents, tokens in {cfg.datamodule.cache_dir}"
 
-    The cheap things come first; the data is tokenized last.
-    """
+
+def check_training(cfg: DictConfig, job: Job) -> Iterator[str]:
+    """The same for a training; the cheap things come first, the data is tokenized last."""
     yield f"cluster {check_partition(job)}"
     yield f"batch   {check_batch(cfg, job)}"
     recipe = instantiate(cfg.model, _convert_="all")
     curriculum = instantiate(cfg.curriculum, _convert_="all")
-    recipe.check(curriculum.lengths(), "cpu" if cfg.trainer.accelerator == "cpu" else "cuda")
+    device = "cpu" if cfg.trainer.accelerator == "cpu" else "cuda"
+    recipe.check(curriculum.lengths(), device, cfg.sequence_parallel_size)
     yield f"model   {check_model(cfg, job)}"
     planned = plan(cfg)
     if planned.memory.peak > cfg.device_memory * GIB:
@@ -74,13 +83,20 @@ def check_batch(cfg: DictConfig, job: Job) -> str:
         raise InputError(
             f"slurm.gpus_per_node=0 with trainer.accelerator={cfg.trainer.accelerator}; train on cpu or ask for GPUs"
         )
-    world, accumulate = job.nodes * job.tasks_per_node, cfg.trainer.accumulate_grad_batches
-    micro = cfg.datamodule.micro_batch_size
-    rows = micro * accumulate * world
-    tokens = f"{rows * cfg.sequence_length:,} tokens a step"
-    said = f"{micro} rows × {accumulate} micro-batches × {world} processes = {rows} rows, {tokens}"
+    shared = cfg.sequence_parallel_size
+    parallel, left = divmod(job.nodes * job.tasks_per_node, shared)
+    if left:
+        raise InputError(
+            f"sequence_parallel_size={shared} does not divide {job.nodes} × {job.tasks_per_node} processes"
+        )
+    micro, accumulate = cfg.datamodule.micro_batch_size, cfg.trainer.accumulate_grad_batches
+    rows = micro * accumulate * parallel
+    said = (
+        f"{micro} rows × {accumulate} micro-batches × {parallel} groups of {shared} processes = "
+        f"{rows} rows, {rows * cfg.sequence_length:,} tokens a step"
+    )
     if cfg.rows_per_step is not None and cfg.rows_per_step != rows:
-        fitting, left = divmod(cfg.rows_per_step, micro * world)
+        fitting, left = divmod(cfg.rows_per_step, micro * parallel)
         advice = (
             "no trainer.accumulate_grad_batches makes it" if left else f"set trainer.accumulate_grad_batches={fitting}"
         )
@@ -130,5 +146,5 @@ def check_data(cfg: DictConfig, recipe: Any) -> str:
     )
     datamodule.setup("fit")
     if cfg.evaluation:
-        check_evaluation(cfg, recipe.config(), datamodule.heldout_documents())
+        check_tasks(cfg, recipe.config(), datamodule.heldout_documents())
     return f"{len(datamodule.train_documents):,} documents to train on, tokens in {cfg.datamodule.cache_dir}"

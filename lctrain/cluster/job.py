@@ -16,12 +16,13 @@ class Job:
     """The options of one job. None leaves an option to the cluster.
 
     `script` is the template in slurm/; `tasks_per_node` processes run on each node, one per GPU. `array` asks for a
-    job per number, each with that seed and in a folder of that name. `signal_seconds` before `time` is up the run
-    stops by itself. `max_restarts` bounds how often a job that failed is tried again; one that was asked to stop always
-    is. With `offline`, nothing is fetched from or sent to the internet. `setup` are lines of shell.
+    job per number, which is its seed (of an evaluation: its length in 1024 tokens) and names its folder in run_dir.
+    `signal_seconds` before `time` is up a run stops by itself. `max_restarts` bounds how often one that failed is tried
+    again; one that was asked to stop always is. With `offline`, nothing is fetched from or sent to the internet.
+    `setup` are lines of shell.
     """
 
-    script: Literal["auto", "train_single_node", "train_multi_node", "preemptible"]
+    script: Literal["auto", "train_single_node", "train_multi_node", "preemptible", "evaluate_array"]
     name: str
     nodes: int
     gpus_per_node: int
@@ -49,6 +50,8 @@ class Job:
                 f"slurm.tasks_per_node={self.tasks_per_node}: every one of the {self.gpus_per_node} GPUs of a node "
                 "gets one process; set slurm.gpus_per_node"
             )
+        if self.evaluates and self.array is None:
+            raise InputError("slurm.array must name the lengths to evaluate, in thousands of tokens")
         if self.signal_seconds < 1 or self.max_restarts < 0:
             raise InputError("slurm.signal_seconds must be at least 1 and slurm.max_restarts at least 0")
         if self.signal_seconds >= self.seconds:
@@ -58,6 +61,11 @@ class Job:
     def seconds(self) -> int:
         """`time` (minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]])."""
         return parse_time(str(self.time))
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the job measures a model instead of training one."""
+        return self.script == "evaluate_array"
 
     @property
     def template(self) -> str:
@@ -76,7 +84,8 @@ class Job:
         for name in ("mem", "partition", "account", "qos", "constraint", "array", "dependency"):
             if getattr(self, name) is not None:
                 yield name, getattr(self, name)
-        yield "signal", f"B:USR1@{self.signal_seconds}"
+        if not self.evaluates:  # an evaluation that is cut off begins again
+            yield "signal", f"B:USR1@{self.signal_seconds}"
         yield "requeue", None
         yield "open-mode", "append"
         yield "chdir", run_dir / "code"

@@ -7,7 +7,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lctrain import config
-from lctrain.cluster.check import check
+from lctrain.cluster.check import check_evaluation, check_training
 from lctrain.cluster.job import Job
 from lctrain.cluster.script import job_script
 from lctrain.cluster.slurm import call, job_states
@@ -27,7 +27,7 @@ def main(cfg: DictConfig) -> None:
         print(script, end="")
         return
     _check_folder(run_dir, cfg.resume)
-    for line in check(cfg, job):
+    for line in (check_evaluation if job.evaluates else check_training)(cfg, job):
         print(line)
     call("sbatch", "--test-only", given=script)
     _snapshot(cfg, run_dir)
@@ -59,9 +59,10 @@ def _snapshot(cfg: DictConfig, run_dir: Path) -> None:
             shutil.copytree(source / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
     # Interpolations stay: with slurm.array each task has a seed and a folder of its own.
     composed = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in OWN])
-    composed.trainer.update(devices=cfg.trainer.devices, num_nodes=cfg.trainer.num_nodes)
-    composed.resume = "auto"
-    head = "# What the job composes: lctrain train --config-dir=<this folder> --config-name=job\n"
+    if "trainer" in cfg:
+        composed.trainer.update(devices=cfg.trainer.devices, num_nodes=cfg.trainer.num_nodes)
+        composed.resume = "auto"
+    head = "# What the job composes, with --config-dir=<this folder> --config-name=job\n"
     defaults = "defaults:\n  - hydra: default\n  - _self_\n\n"
     (run_dir / "job.yaml").write_text(head + defaults + OmegaConf.to_yaml(composed))
     (run_dir / "config.yaml").write_text(config.dump(composed))  # the run refuses to be another than this one

@@ -1,7 +1,6 @@
 """One training run: everything comes instantiated from the config, in the order in which it can be refused cheaply."""
 
 import logging
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,8 +129,7 @@ def _trainer(cfg: DictConfig) -> Trainer:
 
 
 def _quiet() -> None:
-    """Switches off what Lightning says of itself, device counts and tips; its warnings stay, but for one hint."""
-    warnings.filterwarnings("ignore", message="The `srun` command is available")  # one process needs none
+    """Switches off what Lightning says of itself, device counts and tips; its warnings stay."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
