@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -141,7 +143,7 @@ def test_8_the_newest_checkpoint_is_truncated(cancelled, submit, undisturbed, se
 
 
 @pytest.fixture
-def small_disk(cluster) -> Path:
+def small_disk(cluster) -> Iterator[Path]:
     """A disk of 300 MB, which is there since before the nodes were."""
     yield cluster.small_disk
     for path in cluster.small_disk.iterdir():
