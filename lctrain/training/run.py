@@ -10,6 +10,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
@@ -19,10 +20,10 @@ from lctrain.config import dump, public
 from lctrain.data.datamodule import LongContextData
 from lctrain.errors import InputError, RunError
 from lctrain.evaluation.run import check as check_evaluation
-from lctrain.folder import RunFolder
+from lctrain.folder import RunFolder, read_history
 from lctrain.model.recipe import ModelRecipe
 from lctrain.rope.none import NoScaling
-from lctrain.training.metrics import Metrics, read_history
+from lctrain.training.metrics import Metrics, write_aside
 from lctrain.training.watchdog import Watchdog
 
 # What may change between a run and its continuation without changing what step N computes: beginnings of keys.
@@ -80,7 +81,7 @@ def train(cfg: DictConfig) -> Trained:
         folder.acquire()
     checkpoint = folder.resume_from(cfg.resume)  # again: until here another process may have written one
     if trainer.is_global_zero:
-        folder.config.write_text(dump(cfg))
+        write_aside(folder.config, dump(cfg))  # other ranks may be reading it
     trainer.loggers = _loggers(cfg)
     lightning.seed_everything(cfg.seed, verbose=False)  # here: what was checked before may have drawn numbers
     _fit(trainer, module, datamodule, checkpoint)
@@ -130,7 +131,9 @@ def _check_positions(recipe: ModelRecipe) -> None:
 
 def _trainer(cfg: DictConfig) -> Trainer:
     callbacks = list(instantiate(cfg.callbacks, _convert_="all").values())
-    settings = {"default_root_dir": cfg.run_dir, "callbacks": callbacks, "logger": False}
+    # Under srun; Lightning's own requeueing would save inside a signal handler.
+    plugins = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    settings = {"default_root_dir": cfg.run_dir, "callbacks": callbacks, "plugins": plugins, "logger": False}
     try:
         return instantiate(cfg.trainer, **settings, _convert_="all")  # type: ignore[no-any-return]
     except InstantiationException as error:

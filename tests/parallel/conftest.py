@@ -77,7 +77,7 @@ class Ranks:
         """Waits for all; AssertionError with the log of the first that failed."""
         ends = time.monotonic() + SECONDS
         try:
-            while any(code != 0 for code in (codes := [process.poll() for process in self.processes])):
+            while (codes := [process.poll() for process in self.processes]) != [0] * len(self.processes):
                 if failed := [rank for rank, code in enumerate(codes) if code]:
                     raise AssertionError(self.log(failed[0])[-4000:])
                 assert time.monotonic() < ends, "too slow"

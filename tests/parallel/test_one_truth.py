@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lctrain.checkpoint import read_values
-from lctrain.training.metrics import read_history
+from lctrain.folder import read_history
 
 ATTENTION = {
     "full": [],
