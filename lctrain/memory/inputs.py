@@ -28,11 +28,12 @@ class LayerInputs:
 
     def attach(self, decoder: nn.Module) -> None:
         """Follow every forward of `decoder` that trains, from its beginning to its end."""
-        self._layers: Any = decoder.layers
+        layers: Any = decoder.layers
+        self._layers = layers
         decoder.register_forward_pre_hook(self._begin)
         decoder.register_forward_hook(self._end, always_call=True)
         if self.every > 1:
-            for index, layer in enumerate(self._layers):
+            for index, layer in enumerate(layers):
                 layer.register_forward_pre_hook(self._remember(index), with_kwargs=True)
 
     def context(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

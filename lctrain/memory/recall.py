@@ -84,24 +84,33 @@ def attend_once(attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k
     (q, k, v), recall = save(q, k, v)
     if again:
         return outputs.popleft().requires_grad_()
-    inputs = (q, k, v)
+    hooks = _KeptOutside((q, k, v), recall)
+    with saved_tensors_hooks(hooks.pack, hooks.unpack):
+        out = attend(q, k, v)
+    hooks.forget()
+    outputs.append(out.detach())
+    return out
 
-    def pack(tensor: Tensor) -> Any:
-        for index, given in enumerate(inputs):
+
+class _KeptOutside:
+    """Hooks that keep every tensor but views of `inputs`, which `recall` gives."""
+
+    def __init__(self, inputs: tuple[Tensor, ...], recall: Recall) -> None:
+        self._inputs, self._recall = inputs, recall
+
+    def pack(self, tensor: Tensor) -> Any:
+        for index, given in enumerate(self._inputs):
             if tensor.untyped_storage()._cdata == given.untyped_storage()._cdata:
-                offset = tensor.storage_offset() - given.storage_offset()
-                return index, tensor.shape, tensor.stride(), offset
-        return tensor.detach()
+                return index, tensor.shape, tensor.stride(), tensor.storage_offset() - given.storage_offset()
+        return tensor
 
-    def unpack(packed: Any) -> Tensor:
+    def unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         index, shape, stride, offset = packed
-        given = recall()[index]
+        given: Tensor = self._recall()[index]
         return given.as_strided(shape, stride, given.storage_offset() + offset)
 
-    with saved_tensors_hooks(pack, unpack):
-        out = attend(q, k, v)
-    del inputs  # or pack, which autograd holds on to, would keep them
-    outputs.append(out.detach())
-    return out
+    def forget(self) -> None:
+        """Autograd holds on to hooks: these must not hold on to the inputs."""
+        self._inputs = ()

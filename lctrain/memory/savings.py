@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lctrain.errors import InputError
@@ -32,18 +31,17 @@ class Savings:
     def check(self, config: PreTrainedConfig, *, device_type: str, dropout: bool) -> None:
         """InputError for what has no effect, or can't work, on such a model and device."""
         for name in ("checkpoint_layers", "save_attention", "offload", "mlp_tile"):
-            value = getattr(self, name)
-            if value != "all" and value < 0:
+            value: Count = getattr(self, name)
+            if isinstance(value, int) and value < 0:
                 raise InputError(f"memory.{name}={value} must be a number from 0 on")
         if self.checkpoint_every < 1:
             raise InputError(f"memory.checkpoint_every={self.checkpoint_every} must be at least 1")
         counts = self.resolve(config.num_hidden_layers)
-        if not counts.checkpoint_layers and (self != NOTHING):
+        num_layers = int(counts.checkpoint_layers)
+        if not num_layers and self != NOTHING:
             raise InputError("memory: without memory.checkpoint_layers there is nothing to save; use memory=none")
-        if counts.checkpoint_every > counts.checkpoint_layers > 0:
-            raise InputError(
-                f"memory.checkpoint_every={self.checkpoint_every} is more than the {counts.checkpoint_layers} layers"
-            )
+        if counts.checkpoint_every > num_layers > 0:
+            raise InputError(f"memory.checkpoint_every={self.checkpoint_every} is more than the {num_layers} layers")
         if counts.offload and device_type != "cuda":
             raise InputError("memory.offload needs a CUDA device: the tensors are in the host's memory already")
         if counts.checkpoint_every > 1 and dropout:
@@ -89,6 +87,14 @@ class Savings:
     def __str__(self) -> str:
         parts = [f"{name}={value}" for name, value in vars(self).items() if value]
         return ", ".join(parts) if self.checkpoint_layers else "nothing is recomputed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoSavings:
+    """The cheapest savings that fit, by the plan of the run on its device. Limits in GiB; null is all there is."""
+
+    device_memory: float | None
+    host_memory: float | None
 
 
 NOTHING = Savings(checkpoint_layers=0, checkpoint_every=1, save_attention=0, offload=0, mlp_tile=0)

@@ -26,19 +26,18 @@ class TiledMLP(nn.Module):
 
     def forward(self, hidden_BLD: Tensor) -> Tensor:
         """mlp(hidden), [B, L, D]."""
-        length = hidden_BLD.shape[1]
-        starts = range(0, length, self._tile)
-        if len(starts) == 1 or not torch.is_grad_enabled() or not hidden_BLD.requires_grad:
-            return torch.cat([self._run(hidden_BLD[:, start : start + self._tile]) for start in starts], dim=1)
-        (hidden_BLD,), recall = save(hidden_BLD)
-        tiles = [self._checkpointed(hidden_BLD, start, recall) for start in starts]
-        return torch.cat(tiles, dim=1)
+        recall: Recall | None = None
+        if hidden_BLD.shape[1] > self._tile and torch.is_grad_enabled() and hidden_BLD.requires_grad:
+            (hidden_BLD,), recall = save(hidden_BLD)
+        tiles = hidden_BLD.split(self._tile, dim=1)
+        if recall is None:
+            return torch.cat([self._run(tile) for tile in tiles], dim=1)
+        return torch.cat([self._checkpointed(tile, index, recall) for index, tile in enumerate(tiles)], dim=1)
 
-    def _checkpointed(self, hidden_BLD: Tensor, start: int, recall: Recall) -> Tensor:
-        first = [hidden_BLD]
+    def _checkpointed(self, tile_BLD: Tensor, index: int, recall: Recall) -> Tensor:
+        first = [tile_BLD]  # not an argument of the checkpoint, which would keep it
 
         def run() -> Tensor:
-            hidden = first.pop() if first else recall()[0]
-            return self._run(hidden[:, start : start + self._tile])
+            return self._run(first.pop() if first else recall()[0].split(self._tile, dim=1)[index])
 
         return checkpoint(run, use_reentrant=False)  # type: ignore[no-any-return]

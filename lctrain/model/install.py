@@ -6,6 +6,7 @@ Shape legend: B batch, H query heads, K key-value heads, L queries, S keys, D he
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lctrain.attention.base import Layout, MaskedAttention
 from lctrain.errors import InputError
 from lctrain.kernels.base import Kernel, MaskMod, MaskShape
 from lctrain.kernels.choose import choose
+from lctrain.memory.recall import attend_once
 from lctrain.parallel.ulysses import Ulysses
 
 _serial = itertools.count()
@@ -133,7 +135,8 @@ class _Installed:
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             prepared = self._prepared(mask, module, q, k, position_ids)
-            return self.kernel.attend(q, k, v, prepared, scaling=scaling, softcap=softcap)
+            run = partial(self.kernel.attend, prepared=prepared, scaling=scaling, softcap=softcap)
+            return attend_once(run, q, k, v)
 
         if self.ulysses is None:
             return attention(q_BHLD, k_BKSD, v_BKSD).transpose(1, 2), None

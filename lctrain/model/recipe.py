@@ -23,7 +23,10 @@ from transformers import (
 
 from lctrain.attention.base import MaskedAttention
 from lctrain.errors import InputError
+from lctrain.kernels import fp8
 from lctrain.kernels.choose import choose
+from lctrain.memory.savings import AutoSavings, Savings
+from lctrain.model import layers
 from lctrain.model.head import unwrap
 from lctrain.model.install import install
 from lctrain.model.tuning import FullTuning, Tuning
@@ -41,8 +44,10 @@ class ModelRecipe(ABC):
     tuning: Tuning
     sequence_length: int
     kernel: str
+    layer_kernel: str
     dtype: str
-    gradient_checkpointing: bool
+    precision: str | None
+    memory: Savings | AutoSavings
 
     @abstractmethod
     def base_config(self) -> PreTrainedConfig:
@@ -77,12 +82,25 @@ class ModelRecipe(ABC):
         config = self.check_attention(lengths)
         softcap = getattr(config, "attn_logit_softcapping", None)
         choose(self.kernel, softcap=softcap, device_type=device_type)
-        install(unwrap(self.skeleton(self.config())), self.attention, "reference")
+        self._check_layers(config, device_type)
         if len(self.tokenizer) > config.vocab_size:
             raise InputError(
                 f"the tokenizer knows {len(self.tokenizer)} tokens, the embedding only {config.vocab_size}: "
                 "this tokenizer does not belong to this model"
             )
+
+    def _check_layers(self, config: PreTrainedConfig, device_type: str) -> None:
+        """What only a whole model shows, on one without memory."""
+        skeleton = unwrap(self.skeleton(self.config()))
+        install(skeleton, self.attention, "reference")
+        layers.uses_liger(self.layer_kernel, device_type)
+        dropout = getattr(self.tuning, "lora_dropout", 0.0) > 0
+        self._savings().check(config, device_type=device_type, dropout=dropout)
+        if self.precision not in (None, "fp8"):
+            raise InputError(f"precision={self.precision} is not fp8, for frozen matrices, or null")
+        if self.precision == "fp8":
+            fp8.check(torch.device(device_type))
+            layers.quantize_frozen(skeleton)
 
     def check_attention(self, lengths: Sequence[int]) -> PreTrainedConfig:
         """The part of `check` that needs the config alone, which it returns."""
@@ -98,6 +116,7 @@ class ModelRecipe(ABC):
         model.to(device)  # type: ignore[arg-type]
         log.info("attention: %s on kernel %s", self.attention, install(model, self.attention, self.kernel))
         tuned = self._tune(model)
+        self._hasten(unwrap(tuned))
         trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
         total = sum(p.numel() for p in tuned.parameters())
         log.info("parameters: %s, %s trainable (%.2f%%)", f"{total:,}", f"{trainable:,}", 100 * trainable / total)
@@ -109,13 +128,28 @@ class ModelRecipe(ABC):
             return self._tune(AutoModelForCausalLM.from_config(config, dtype=self.torch_dtype(config)))
 
     def _tune(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
-        if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
         tuned = self.tuning.apply(model)
         for parameter in tuned.parameters():
             if parameter.requires_grad:  # in bf16 a step of 2e-5 is lost beside a weight of 0.02
                 parameter.data = parameter.data.float()
         return tuned
+
+    def _hasten(self, model: PreTrainedModel) -> None:
+        """Exchange layers for faster ones and save memory; neither names nor what trains changes."""
+        if self.precision == "fp8":
+            layers.quantize_frozen(model)
+        if layers.uses_liger(self.layer_kernel, model.device.type):
+            layers.fuse(model, layers.liger())
+            log.info("layers: Liger's norms and gated MLPs")
+        if self.autocasts() and model.get_input_embeddings().weight.requires_grad:
+            layers.keep_stream_in(model, self.torch_dtype(model.config))
+        self._savings().apply(model)
+        log.info("memory: %s", self.memory)
+
+    def _savings(self) -> Savings:
+        if isinstance(self.memory, AutoSavings):
+            raise TypeError("memory=auto is resolved by lctrain.plan before a model is built")
+        return self.memory
 
     def autocasts(self) -> bool:
         """Whether the model is half precision: what trains is kept in fp32 then, and computed with in bf16."""

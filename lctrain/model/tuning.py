@@ -3,13 +3,16 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lctrain.errors import InputError
+from lctrain.kernels.low_rank import add_low_rank
 
 
 class Tuning(ABC):
@@ -50,6 +53,20 @@ class ModuleTuning(Tuning):
         return model
 
 
+class LoRALinear(PeftLinear):
+    """PEFT's layer, which adds its low-rank term in place instead of through copies of the activations in fp32."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """W x + scaling · B A x; what is merged, disabled or dropped out is left to PEFT."""
+        adapters = self.active_adapters
+        plain = len(adapters) == 1 and not (self.disable_adapters or self.merged or args or kwargs)
+        if not plain or not isinstance(self.lora_dropout[adapters[0]], nn.Identity):
+            return super().forward(x, *args, **kwargs)
+        (name,) = adapters
+        low, high = self.lora_A[name].weight, self.lora_B[name].weight
+        return add_low_rank(self.base_layer(x), x, low, high, self.scaling[name])  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoRATuning(Tuning):
     """Low-rank adapters (Hu et al., arXiv:2106.09685) by PEFT, and the parameters whose name holds one of `trainable`.
@@ -75,6 +92,7 @@ class LoRATuning(Tuning):
             target_modules=list(self.target_modules),
             task_type="CAUSAL_LM",
         )
+        adapters._register_custom_module({nn.Linear: LoRALinear})  # PEFT's documented way to a layer of one's own
         tuned = get_peft_model(model, adapters)
         if isinstance(model.get_output_embeddings(), BaseTunerLayer):
             raise InputError(
