@@ -33,21 +33,20 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 class _Multiply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: "FP8Linear") -> Tensor:
-        ctx.layer, ctx.dtype = layer, x.dtype
-        return _rows(x, layer.rows, layer.row_scales)
+    def forward(ctx: Any, x_NI: Tensor, layer: "FP8Linear") -> Tensor:
+        ctx.layer, ctx.dtype = layer, x_NI.dtype
+        return _rows(x_NI, layer.rows, layer.row_scales)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return _rows(dy, ctx.layer.columns, ctx.layer.column_scales).to(ctx.dtype), None
+    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor, None]:
+        return _rows(dy_NO, ctx.layer.columns, ctx.layer.column_scales).to(ctx.dtype), None
 
 
 def _rows(x: Tensor, matrix: Tensor, scales: Tensor) -> Tensor:
     """x · matrixᵀ in bf16, accumulated in fp32."""
-    values, x_scales = quantize(x.reshape(-1, x.shape[-1]))
+    values, x_scales = quantize(x)
     by_row = ScalingType.RowWise
-    out = scaled_mm(values, matrix.T, x_scales, by_row, scales.T, by_row, use_fast_accum=True)
-    return out.view(*x.shape[:-1], -1)
+    return scaled_mm(values, matrix.T, x_scales, by_row, scales.T, by_row, use_fast_accum=True)
 
 
 class FP8Linear(nn.Module):
@@ -76,9 +75,10 @@ class FP8Linear(nn.Module):
             self.register_buffer(f"{name}_scales", scales, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x Wᵀ + bias in bf16."""
-        y: Tensor = _Multiply.apply(x, self)  # type: ignore[no-untyped-call]
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        """x Wᵀ + bias in bf16; x is [..., I]."""
+        y: Tensor = _Multiply.apply(x.flatten(0, -2), self)  # type: ignore[no-untyped-call]
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
 
 
 def check(device: torch.device) -> None:

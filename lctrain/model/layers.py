@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from lctrain.errors import InputError
 from lctrain.kernels.fp8 import FP8Linear
@@ -14,6 +15,7 @@ from lctrain.kernels.fp8 import FP8Linear
 # By what the classes of transformers compute: x / rms(x) · (weight + offset), rounded as in Llama or in Gemma.
 LLAMA_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 GEMMA_NORMS = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")
+ROTARY_ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention")  # nothing between projection and rotation
 GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gemma2MLP", "Gemma3MLP")
 
 
@@ -41,6 +43,44 @@ class GatedMLP(nn.Module):
         return self.down_proj(self._gated(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return,operator]
 
 
+class RotaryAttention(nn.Module):
+    """Projections, rotation of queries and keys in one kernel, transformers' attention interface, projection."""
+
+    q_proj: Callable[[Tensor], Tensor]
+    k_proj: Callable[[Tensor], Tensor]
+    v_proj: Callable[[Tensor], Tensor]
+    o_proj: Callable[[Tensor], Tensor]
+
+    def __init__(self, attention: nn.Module, rope: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        for name, child in attention.named_children():
+            self.add_module(name, child)
+        self.config: Any = attention.config
+        self.layer_idx, self.scaling = attention.layer_idx, attention.scaling
+        self.num_key_value_groups, self.head_dim = attention.num_key_value_groups, attention.head_dim
+        self._rope = rope
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """As the module it stands for, by the names it is called with: [B, L, D]."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = (
+            project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = self._rope(q, k, *position_embeddings)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend = AttentionInterface()[self.config._attn_implementation]
+        out_BLHD, _ = attend(self, q, k, v, attention_mask, scaling=self.scaling, **kwargs)
+        return self.o_proj(out_BLHD.flatten(2)), None
+
+
 class Norm(nn.Module):
     """x / rms(x) · (weight + offset) in one kernel, as Llama or as Gemma rounds it."""
 
@@ -64,6 +104,7 @@ class LayerKernels:
     rms_norm: Callable[..., Tensor]
     swiglu: Callable[[Tensor, Tensor], Tensor]
     geglu: Callable[[Tensor, Tensor], Tensor]
+    rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def liger() -> LayerKernels:
@@ -71,12 +112,15 @@ def liger() -> LayerKernels:
     from liger_kernel.transformers import functional
 
     return LayerKernels(
-        rms_norm=functional.liger_rms_norm, swiglu=functional.liger_swiglu, geglu=functional.liger_geglu
+        rms_norm=functional.liger_rms_norm,
+        swiglu=functional.liger_swiglu,
+        geglu=functional.liger_geglu,
+        rope=functional.liger_rope,
     )
 
 
 def fuse(model: PreTrainedModel, kernels: LayerKernels) -> None:
-    """Replace the norms and gated MLPs of the known families."""
+    """Replace the norms, the gated MLPs and what surrounds the rotation of queries and keys, in the known families."""
     silu = getattr(model.config.get_text_config(), "hidden_act", None) == "silu"
     for name, module in list(model.named_modules()):
         kind = type(module).__name__
@@ -84,6 +128,8 @@ def fuse(model: PreTrainedModel, kernels: LayerKernels) -> None:
             model.set_submodule(name, Norm(module, kernels.rms_norm, gemma=kind in GEMMA_NORMS))
         elif kind in GATED_MLPS:
             model.set_submodule(name, GatedMLP(module, kernels.swiglu if silu else kernels.geglu))
+        elif kind in ROTARY_ATTENTIONS:
+            model.set_submodule(name, RotaryAttention(module, kernels.rope))
 
 
 def quantize_frozen(model: PreTrainedModel) -> None:

@@ -64,7 +64,9 @@ class LoRALinear(PeftLinear):
             return super().forward(x, *args, **kwargs)
         (name,) = adapters
         low, high = self.lora_A[name].weight, self.lora_B[name].weight
-        return add_low_rank(self.base_layer(x), x, low, high, self.scaling[name])  # type: ignore[arg-type]
+        x_NI = x.flatten(0, -2)
+        y_NO = add_low_rank(self.base_layer(x_NI), x_NI, low, high, self.scaling[name])  # type: ignore[arg-type]
+        return y_NO.view(*x.shape[:-1], -1)
 
 
 @dataclass(frozen=True, kw_only=True)
