@@ -25,7 +25,7 @@ from lctrain.attention.base import MaskedAttention
 from lctrain.errors import InputError
 from lctrain.kernels.choose import choose
 from lctrain.model.head import unwrap
-from lctrain.model.install import install
+from lctrain.model.install import demand, install
 from lctrain.model.tuning import FullTuning, Tuning
 from lctrain.rope.base import RopeScheme
 
@@ -75,8 +75,7 @@ class ModelRecipe(ABC):
     def check(self, lengths: Sequence[int], device_type: str = "cpu") -> None:
         """Refuse, before any weight is read, what can't be trained there on rows of these lengths (ascending)."""
         config = self.check_attention(lengths)
-        softcap = getattr(config, "attn_logit_softcapping", None)
-        choose(self.kernel, softcap=softcap, device_type=device_type)
+        choose(self.kernel, demand(config, self.torch_dtype(config), device_type))
         install(unwrap(self.skeleton(self.config())), self.attention, "reference")
         if len(self.tokenizer) > config.vocab_size:
             raise InputError(
