@@ -52,8 +52,10 @@ def _has_bounds(mask: Mask, sizes: tuple[int, int]) -> bool:
 
 def _counts(mask: Mask, sizes: tuple[int, int], axis: int) -> Tensor:
     """How many partial and how many full blocks each block along `axis` has on the other side, [2, B, H, M]."""
-    counts = [torch.stack([kind.sum(-1, dtype=torch.int32) for kind in kinds]) for kinds in _kinds(mask, sizes, axis)]
-    return torch.cat(counts, dim=-1)
+    parts = [
+        torch.stack([kind.sum(-1, dtype=torch.int32) for kind in kinds]) for _, *kinds in _kinds(mask, sizes, axis)
+    ]
+    return torch.cat(parts, dim=-1)
 
 
 def _bytes(counts: Tensor) -> int:
@@ -64,17 +66,16 @@ def _bytes(counts: Tensor) -> int:
 def _lists(mask: Mask, sizes: tuple[int, int], axis: int, counts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For each block along `axis`, those on the other side: number and list of the partial, then of the full ones."""
     widths = counts.amax(dim=(1, 2, 3)).clamp(min=2).tolist()  # torch would compile anew for lists of none or one
-    tables: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for kinds in _kinds(mask, sizes, axis):
-        for kind, width, parts in zip(kinds, widths, tables, strict=True):
-            parts.append(_places(kind, width))
-    partial, full = (torch.cat(parts, dim=-2) for parts in tables)
+    partial, full = (counts.new_zeros(*counts.shape[1:], width) for width in widths)
+    for rows, *kinds in _kinds(mask, sizes, axis):
+        for kind, table in zip(kinds, (partial, full), strict=True):
+            table[:, :, rows] = _places(kind, table.shape[-1])
     for table in (partial, full):  # how many entries a batch's documents need must not compile anything anew
         torch._dynamo.maybe_mark_dynamic(table, 3)
     return counts[0], partial, counts[1], full
 
 
-def _kinds(mask: Mask, sizes: tuple[int, int], axis: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _kinds(mask: Mask, sizes: tuple[int, int], axis: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Which blocks are partial and which full, [B, H, M, N], some blocks along `axis` at a time."""
     num_blocks = [ceil(mask.q_length / sizes[0]), ceil(mask.kv_length / sizes[1])]
     along, across = num_blocks if axis == -2 else num_blocks[::-1]
@@ -85,7 +86,7 @@ def _kinds(mask: Mask, sizes: tuple[int, int], axis: int) -> Iterator[tuple[Tens
         q = Blocks(ranges[0], size=sizes[0], length=mask.q_length, axis=-2, device=mask.device)
         kv = Blocks(ranges[1], size=sizes[1], length=mask.kv_length, axis=-1, device=mask.device)
         surely, possibly = (x if axis == -2 else x.mT for x in mask.bound(q, kv))
-        yield possibly & ~surely, surely
+        yield slice(start, start + step), possibly & ~surely, surely
 
 
 def _places(kind: Tensor, width: int) -> Tensor:

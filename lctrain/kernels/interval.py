@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any, SupportsIndex
 
 import torch
@@ -128,22 +129,47 @@ class Blocks(Interval):
 
     def __init__(self, blocks: range, *, size: int, length: int, axis: int, device: torch.device) -> None:
         self.blocks, self.size, self.length, self.axis = blocks, size, length, axis
+        self.part: Tensor | None = None
         first = torch.arange(blocks.start, blocks.stop, dtype=torch.int32, device=device) * size
-        first = first if axis == -1 else first[:, None]
-        super().__init__(first, (first + size).clamp(max=length) - 1)
+        super().__init__(*self._shaped(first[None], (first[None] + size).clamp(max=length) - 1))
 
     def whole(self) -> Tensor:
         """Whether a block is filled: the last one may end before its size."""
-        return torch.as_tensor(self.lo) + self.size <= self.length
+        filled: Tensor = torch.as_tensor(self.lo) + self.size <= self.length
+        return filled
 
     def look_up(self, table_RS: Tensor) -> Interval:
         """Bounds of the entries at each block, [R, 1, L, 1] or [R, 1, 1, S]."""
+        entries = self._entries(table_RS)
+        if self.part is None:
+            return Interval(*self._shaped(*entries.aminmax(dim=-1)))
+        limits = torch.iinfo(entries.dtype)
+        low, high = entries.where(self.part, limits.max).amin(-1), entries.where(self.part, limits.min).amax(-1)
+        return Interval(*self._shaped(low, high))
+
+    def parts(self, documents_RS: Tensor) -> list["Blocks"]:
+        """The tokens of each block's first document, of its last, and those between, if any."""
+        entries = self._entries(documents_RS)
+        first, last = entries == entries[..., :1], entries == entries[..., -1:]
+        return [self._only(part) for part in (first, last, ~(first | last))]
+
+    def _only(self, part: Tensor) -> "Blocks":
+        blocks = copy(self)
+        blocks.part = part
+        index = torch.arange(self.size, dtype=torch.int32, device=part.device).expand(part.shape)
+        low, high = self._shaped(index.where(part, self.size).amin(-1), index.where(part, -1).amax(-1))
+        blocks.lo, blocks.hi = self.lo + low, torch.minimum(self.lo + high, torch.as_tensor(self.hi))
+        return blocks
+
+    def _entries(self, table_RS: Tensor) -> Tensor:
+        """[R, blocks, size]; the last one stands for those that are missing."""
         entries = table_RS[:, self.blocks.start * self.size : min(self.blocks.stop * self.size, self.length)]
         missing = len(self.blocks) * self.size - entries.shape[1]
-        entries = torch.cat((entries, entries[:, -1:].expand(-1, missing)), 1).unflatten(1, (-1, self.size))
-        lo, hi = entries.aminmax(dim=-1)
-        shape = (-1, 1, 1, len(self.blocks)) if self.axis == -1 else (-1, 1, len(self.blocks), 1)
-        return Interval(lo.view(shape), hi.view(shape))
+        return torch.cat((entries, entries[:, -1:].expand(-1, missing)), 1).unflatten(1, (-1, self.size))
+
+    def _shaped(self, *of_blocks: Tensor) -> list[Tensor]:
+        """[R, blocks] as in a mask."""
+        return [x[:, None, None] if self.axis == -1 else x[:, None, :, None] for x in of_blocks]
 
 
 def _positive(divisor: Any) -> int:

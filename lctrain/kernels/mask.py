@@ -5,6 +5,8 @@ Shape legend: B batch, H query heads, L queries, S keys, R rows of a table: B, o
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial, reduce
+from itertools import product
 from typing import Any
 
 import torch
@@ -77,10 +79,15 @@ class Mask:
         IndexError where the mask is made of more than arithmetic.
         """
         b, h = (torch.arange(n, dtype=torch.int32, device=self.device) for n in (self.batch, self.num_heads))
-        mask = Interval.of(self.mask_mod()(b[:, None, None, None], h[:, None, None], q, kv))
-        surely = torch.as_tensor(mask.lo) & q.whole() & kv.whole()
+        mask_mod = partial(self.mask_mod(), b[:, None, None, None], h[:, None, None])
+        mask = Interval.of(mask_mod(q, kv))
+        surely, possibly = torch.as_tensor(mask.lo) & q.whole() & kv.whole(), torch.as_tensor(mask.hi)
+        if self.documents is not None:  # where they meet, positions of one block are far apart: take each by itself
+            parts = product(q.parts(self.documents[0]), kv.parts(self.documents[1]))
+            near = (torch.as_tensor(Interval.of(mask_mod(*pair)).hi) for pair in parts)
+            possibly = possibly & reduce(torch.logical_or, near)
         shape = (self.batch, self.num_heads, len(q.blocks), len(kv.blocks))
-        return surely.expand(shape), torch.as_tensor(mask.hi).expand(shape)
+        return surely.expand(shape), possibly.expand(shape)
 
     def padded(self, multiple: int) -> "Mask":
         """The same with tables that may be read past their end, up to a multiple of so many entries."""

@@ -55,7 +55,9 @@ def listed(counts, lists, num):
 
 
 @pytest.mark.parametrize("kv_block", [128, 64])
-@pytest.mark.parametrize("documents", [None, [[700]], [[300, 1, 399], [128, 128, 444]]], ids=["alone", "one", "packed"])
+@pytest.mark.parametrize(
+    "documents", [None, [[700]], [[300, 1, 399], [128, 128, 444]], [[20] * 35]], ids=["alone", "one", "packed", "many"]
+)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_no_pair_is_lost_and_none_is_added(name, documents, kv_block):
     mask = mask_of(PATTERNS[name], documents)
@@ -67,7 +69,7 @@ def test_no_pair_is_lost_and_none_is_added(name, documents, kv_block):
     assert not (full & ~all_).any()
     assert not (some & ~(partial | full)).any()
     assert torch.equal(full, all_)  # no block that is full is asked pair by pair
-    assert (partial & ~some).sum() <= 0.2 * some.sum()  # a few where documents meet are computed for nothing
+    assert (partial & ~some).sum() <= 0.02 * some.sum()  # hardly any that is empty is computed
     for counts, lists, other in (
         (found.q_num_blocks, found.q_indices, partial),
         (found.full_q_num_blocks, found.full_q_indices, full),

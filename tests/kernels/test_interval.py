@@ -92,5 +92,20 @@ def test_blocks_of_a_table(length, size):
         part = table[:, block * size : (block + 1) * size]
         assert torch.equal(found.lo[:, 0, 0, i], part.amin(1))
         assert torch.equal(found.hi[:, 0, 0, i], part.amax(1))
-        assert (int(blocks.lo[i]), int(blocks.hi[i])) == (block * size, min((block + 1) * size, length) - 1)
-        assert bool(blocks.whole()[i]) == (part.shape[1] == size)
+        assert (int(blocks.lo[..., i]), int(blocks.hi[..., i])) == (block * size, min((block + 1) * size, length) - 1)
+        assert bool(blocks.whole()[..., i]) == (part.shape[1] == size)
+
+
+def test_parts_of_blocks_where_documents_meet():
+    documents = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3, 4, 4]])  # blocks of 4: 0 0 0 1 | 1 2 3 3 | 4 4
+    blocks = Blocks(range(3), size=4, length=10, axis=-1, device=documents.device)
+    first, last, between = blocks.parts(documents)
+    assert (first.lo.flatten().tolist(), first.hi.flatten().tolist()) == ([0, 4, 8], [2, 4, 9])
+    assert (last.lo.flatten().tolist(), last.hi.flatten().tolist()) == ([3, 6, 8], [3, 7, 9])
+    assert (between.lo[..., 1].item(), between.hi[..., 1].item()) == (5, 5)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0, 1, 0, 1]])
+    for part, low, high in ((first, [0, 1, 0], [2, 1, 1]), (last, [0, 0, 0], [0, 1, 1])):
+        found = part.look_up(positions)
+        assert (found.lo.flatten().tolist(), found.hi.flatten().tolist()) == (low, high)
+    nobody = between.look_up(documents) == first.look_up(documents)
+    assert not nobody.hi.any()
