@@ -1,13 +1,15 @@
 """Time lctrain against something plain, on this machine.
 
   overhead   tokens/s of `lctrain train` against a plain PyTorch loop on the same model, batch and attention
+  kernels    every attention pattern against full causal attention, by the pairs of tokens it needs (CUDA)
 
-Prints a table and writes overhead.json into run_dir. Takes every group and option of `lctrain train`.
+Prints a table and writes overhead.json or kernels.json into run_dir. Takes every group and option of `lctrain train`.
 
 examples:
   lctrain benchmark overhead
   lctrain benchmark overhead run_dir=runs/overhead num_steps=50 num_repeats=5 sequence_length=2048
   lctrain benchmark overhead model.path=<folder or hub id>
+  lctrain benchmark kernels kernels.lengths=[16384,131072] kernel=flash
 """
 
 from omegaconf import DictConfig

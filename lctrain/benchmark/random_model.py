@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lctrain.kernels.choose import choose
+from lctrain.model.install import demand
 from lctrain.model.recipe import ModelRecipe
 
 
@@ -34,8 +35,7 @@ class RandomModel(ModelRecipe):
 
     def check(self, lengths: Sequence[int], device_type: str = "cpu") -> None:
         config = self.check_attention(lengths)
-        softcap = getattr(config, "attn_logit_softcapping", None)
-        choose(self.kernel, softcap=softcap, device_type=device_type)
+        choose(self.kernel, demand(config, self.torch_dtype(config), device_type))
         self._check_layers(config, device_type)
 
     @property

@@ -2,11 +2,12 @@
 
 from omegaconf import DictConfig
 
+from lctrain.benchmark.kernels import kernels
 from lctrain.benchmark.overhead import overhead
 from lctrain.config import nearest
 from lctrain.errors import InputError
 
-COMPARISONS = {"overhead": overhead}
+COMPARISONS = {"overhead": overhead, "kernels": kernels}
 
 
 def main(cfg: DictConfig) -> None:

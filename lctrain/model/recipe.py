@@ -28,7 +28,7 @@ from lctrain.kernels.choose import choose
 from lctrain.memory.savings import AutoSavings, Savings
 from lctrain.model import layers
 from lctrain.model.head import unwrap
-from lctrain.model.install import install
+from lctrain.model.install import demand, install
 from lctrain.model.tuning import FullTuning, Tuning
 from lctrain.rope.base import RopeScheme
 
@@ -80,8 +80,7 @@ class ModelRecipe(ABC):
     def check(self, lengths: Sequence[int], device_type: str = "cpu") -> None:
         """Refuse, before any weight is read, what can't be trained there on rows of these lengths (ascending)."""
         config = self.check_attention(lengths)
-        softcap = getattr(config, "attn_logit_softcapping", None)
-        choose(self.kernel, softcap=softcap, device_type=device_type)
+        choose(self.kernel, demand(config, self.torch_dtype(config), device_type))
         self._check_layers(config, device_type)
         if len(self.tokenizer) > config.vocab_size:
             raise InputError(

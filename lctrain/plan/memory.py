@@ -64,7 +64,7 @@ class Step:
 
     rows: int
     length: int
-    kernel: str  # sdpa or flex
+    kernel: str  # not reference
     autocast: bool  # bf16-mixed
     num_devices: int
 
@@ -73,8 +73,8 @@ def step_memory(
     model: nn.Module, method: MaskedAttention, step: Step, make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
 ) -> Memory:
     """Memory of `step` with a tuned `model` on the meta device, which is used up."""
-    if step.kernel not in ("sdpa", "flex"):
-        raise InputError(f"kernel={step.kernel} holds every attention score and is not planned; use sdpa or flex")
+    if step.kernel == "reference":
+        raise InputError("kernel=reference holds every attention score and is not planned; use kernel=auto")
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.itemsize for p in trained)
     attention = _Attention()
@@ -219,7 +219,7 @@ def _masks(config: Any, method: MaskedAttention, step: Step, itemsize: int) -> i
     )
     groups = len({method.layer_group(layer) for layer in range(config.num_hidden_layers)})
     grids = groups * step.rows * (config.num_attention_heads if method.heads_differ(layout) else 1)
-    if step.kernel == "flex":
+    if step.kernel != "sdpa":
         # Indices of partial and of full blocks, by query and by key: 4 int32 tables of (L / 128)² entries.
         return grids * 4 * 4 * ceil(step.length / FLEX_BLOCK) ** 2
     # A bias for every visible rectangle: at most the causal half, L² / 2 entries, where documents are packed.

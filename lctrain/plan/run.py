@@ -13,6 +13,7 @@ from torch import nn
 
 from lctrain.errors import InputError
 from lctrain.kernels.choose import choose
+from lctrain.model.install import demand
 from lctrain.model.recipe import ModelRecipe
 from lctrain.plan.flops import training_flops
 from lctrain.plan.memory import Memory, Step, step_memory
@@ -109,8 +110,8 @@ def plan(cfg: DictConfig) -> Plan:
 
 def _kernel(recipe: ModelRecipe, device_type: str) -> str:
     """The name of the kernel that would run there."""
-    softcap = getattr(recipe.config().get_text_config(), "attn_logit_softcapping", None)
-    return choose(recipe.kernel, softcap=softcap, device_type=device_type)[0]
+    config = recipe.config()
+    return choose(recipe.kernel, demand(config, recipe.torch_dtype(config), device_type))[0]
 
 
 def _check_positive(**values: Any) -> None:
