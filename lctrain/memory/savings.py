@@ -6,7 +6,7 @@ from typing import Literal
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lctrain.errors import InputError
-from lctrain.memory.host import Host, PinnedHost
+from lctrain.memory.host import Host
 from lctrain.memory.inputs import LayerInputs
 from lctrain.memory.tiled import TiledMLP
 
@@ -63,7 +63,7 @@ class Savings:
             mlp_tile=self.mlp_tile,
         )
 
-    def apply(self, model: PreTrainedModel, host: Host | None = None) -> None:
+    def apply(self, model: PreTrainedModel, host: Host) -> None:
         """Make a tuned `model` save. Parameters keep their names."""
         layers = model.get_decoder().layers
         counts = self.resolve(len(layers))
@@ -75,7 +75,7 @@ class Savings:
             every=counts.checkpoint_every,
             num_offloaded=int(counts.offload),
             num_attention=int(counts.save_attention),
-            host=host or PinnedHost(),
+            host=host,
         )
         _enable(model, inputs)
         for layer in layers[num_checkpointed:]:

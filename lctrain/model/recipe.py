@@ -25,6 +25,7 @@ from lctrain.attention.base import MaskedAttention
 from lctrain.errors import InputError
 from lctrain.kernels import fp8
 from lctrain.kernels.choose import choose
+from lctrain.memory.host import Host, PinnedHost
 from lctrain.memory.savings import AutoSavings, Savings
 from lctrain.model import layers
 from lctrain.model.head import unwrap
@@ -93,8 +94,7 @@ class ModelRecipe(ABC):
         skeleton = unwrap(self.skeleton(self.config()))
         install(skeleton, self.attention, "reference")
         layers.uses_liger(self.layer_kernel, device_type)
-        dropout = getattr(self.tuning, "lora_dropout", 0.0) > 0
-        self._savings().check(config, device_type=device_type, dropout=dropout)
+        self._savings().check(config, device_type=device_type, dropout=self.drops_out())
         if self.precision not in (None, "fp8"):
             raise InputError(f"precision={self.precision} is not fp8, for frozen matrices, or null")
         if self.precision == "fp8":
@@ -115,7 +115,9 @@ class ModelRecipe(ABC):
         model.to(device)  # type: ignore[arg-type]
         log.info("attention: %s on kernel %s", self.attention, install(model, self.attention, self.kernel))
         tuned = self._tune(model)
-        self._hasten(unwrap(tuned))
+        liger = layers.uses_liger(self.layer_kernel, model.device.type)
+        self.hasten(unwrap(tuned), layers.liger() if liger else None, PinnedHost())
+        log.info("layers: %s; memory: %s", "Liger's" if liger else "transformers'", self.memory)
         trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
         total = sum(p.numel() for p in tuned.parameters())
         log.info("parameters: %s, %s trainable (%.2f%%)", f"{total:,}", f"{trainable:,}", 100 * trainable / total)
@@ -133,22 +135,24 @@ class ModelRecipe(ABC):
                 parameter.data = parameter.data.float()
         return tuned
 
-    def _hasten(self, model: PreTrainedModel) -> None:
-        """Exchange layers for faster ones and save memory; neither names nor what trains changes."""
+    def hasten(self, model: PreTrainedModel, kernels: layers.LayerKernels | None, host: Host) -> None:
+        """Exchange a tuned model's layers for faster ones and save memory; neither names nor what trains changes."""
         if self.precision == "fp8":
             layers.quantize_frozen(model)
-        if layers.uses_liger(self.layer_kernel, model.device.type):
-            layers.fuse(model, layers.liger())
-            log.info("layers: Liger's norms and gated MLPs")
+        if kernels is not None:
+            layers.fuse(model, kernels)
         if self.autocasts() and model.get_input_embeddings().weight.requires_grad:
             layers.keep_stream_in(model, self.torch_dtype(model.config))
-        self._savings().apply(model)
-        log.info("memory: %s", self.memory)
+        self._savings().apply(model, host)
 
     def _savings(self) -> Savings:
         if isinstance(self.memory, AutoSavings):
             raise TypeError("memory=auto is resolved by lctrain.plan before a model is built")
         return self.memory
+
+    def drops_out(self) -> bool:
+        """Whether two forwards of the same row differ."""
+        return bool(getattr(self.tuning, "lora_dropout", 0.0))
 
     def autocasts(self) -> bool:
         """Whether the model is half precision: what trains is kept in fp32 then, and computed with in bf16."""

@@ -17,12 +17,14 @@ from lctrain.errors import InputError
 from lctrain.evaluation.run import check as check_evaluation
 from lctrain.folder import RunFolder
 from lctrain.model.recipe import ModelRecipe
+from lctrain.plan.run import resolve
 from lctrain.rope.none import NoScaling
 from lctrain.training.metrics import Metrics, read_history
 
 # What may change between a run and its continuation without changing what step N computes: beginnings of keys.
 FREE_TO_CHANGE = (
     *("run_dir", "resume", "logger", "callbacks.", "evaluation.", "evaluation_attention.", "hydra."),
+    *("memory.", "model.memory.", "module.recipe.memory."),
     *("datamodule.cache_dir", "trainer.max_steps", "trainer.val_check_interval", "trainer.enable_"),
 )
 
@@ -58,6 +60,7 @@ def train(cfg: DictConfig) -> Trained:
     trainer = _trainer(cfg)
     device = trainer.strategy.root_device
     _check_positions(module.recipe)
+    module.recipe = resolve(cfg, module.recipe, datamodule.curriculum.lengths(), device)
     module.recipe.check(datamodule.curriculum.lengths(), device.type)
     if not any(p.requires_grad for p in module.recipe.skeleton(module.recipe.config()).parameters()):
         raise InputError(f"{module.recipe.tuning} leaves nothing to train; choose another tuning")
