@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from lctrain.benchmark.random_model import RandomModel
 from lctrain.data.batch import Batch
 from lctrain.errors import RunError
 from lctrain.memory.savings import Savings
+from lctrain.plan.run import resolve
 from lctrain.training.module import LongContextModule
 
 GIB = 2**30
@@ -74,12 +75,15 @@ def measure(
     )
     device = trainer.strategy.root_device
     module = _module(cfg, length, device, memory)
+    memory_used = module.recipe.memory
     module.recipe.check([length], device.type)
     module.check(device)
     _forget(device)
     torch.manual_seed(cfg.seed)
     try:
         batches: Any = _batches(module.recipe, length, warm_up + num_steps)
+        if warm_up and cfg.warm_up_length:
+            batches[:warm_up] = _batches(module.recipe, min(length, cfg.warm_up_length), warm_up)
         trainer.fit(module, DataLoader(batches, batch_size=None))
         peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
     finally:
@@ -94,14 +98,16 @@ def measure(
         loss=clock.loss,
         device_memory=peak,
         host_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
-        memory=str(memory),
+        memory=str(memory_used),
     )
 
 
 def _module(cfg: DictConfig, length: int, device: torch.device, memory: Savings | None) -> LongContextModule:
     module: LongContextModule = instantiate(cfg.module, _convert_="all")
     recipe = RandomModel.like(module.recipe, device, sequence_length=length)
-    module.recipe = recipe if memory is None else replace(recipe, memory=memory)
+    row = OmegaConf.merge(cfg, {"sequence_length": length, "datamodule": {"micro_batch_size": 1}})
+    assert isinstance(row, DictConfig)
+    module.recipe = resolve(row, recipe, [length], device) if memory is None else replace(recipe, memory=memory)
     return module
 
 

@@ -1,13 +1,16 @@
 """Where a step's time goes: a profiler trace, how busy the device is, what waits for it."""
 
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from lctrain.benchmark.measure import measure
@@ -26,12 +29,27 @@ class Traced:
     kernels: list[tuple[str, float]]  # seconds
 
 
-def trace(cfg: DictConfig, length: int, target: Path, **settings: Any) -> Traced:
-    """Profiles the third step at `length` tokens and writes `target`, for chrome://tracing or Perfetto."""
-    profiled = _Profiled(target)
-    measure(cfg, length, num_steps=2, profiled=profiled, **settings)
-    assert profiled.traced is not None
-    return profiled.traced
+def trace(cfg: DictConfig) -> Traced:
+    """The third step of the configured model at the first of `lengths`, with random weights.
+
+    Writes trace.json.gz, for chrome://tracing or Perfetto, and trace_summary.json into run_dir.
+    """
+    folder = Path(cfg.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    profiled = _Profiled(folder / "trace.json.gz")
+    measure(cfg, cfg.lengths[0], num_steps=2, profiled=profiled)
+    traced = profiled.traced
+    assert traced is not None
+    (folder / "trace_summary.json").write_text(json.dumps(asdict(traced), indent=2) + "\n")
+    table = Table("kernel", "ms", "share")
+    for name, seconds in traced.kernels:
+        table.add_row(name[:80], f"{1e3 * seconds:.1f}", f"{seconds / traced.seconds:.1%}")
+    Console().print(table)
+    print(
+        f"{traced.seconds:.3f} s, {traced.busy:.2%} of it busy; {traced.num_synchronizations} waits of the host, "
+        f"{traced.num_compilations} compilations behind the first step; {folder}"
+    )
+    return traced
 
 
 class _Profiled(Callback):
@@ -65,7 +83,9 @@ def _num_compilations() -> int:
 def summarize(events: Iterable[Any], num_compilations: int) -> Traced:
     """The shares from a profile's events; without a device the host's own operations stand in."""
     events = list(events)
-    on_device = [event for event in events if event.device_type.name == "CUDA"] or events
+    on_device = [
+        event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation
+    ] or events
     spans = sorted((event.time_range.start, event.time_range.end) for event in on_device)
     kinds: dict[str, float] = {}
     for event in on_device:

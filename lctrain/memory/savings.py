@@ -85,8 +85,14 @@ class Savings:
                 layer.mlp = TiledMLP(layer.mlp, counts.mlp_tile)
 
     def __str__(self) -> str:
-        parts = [f"{name}={value}" for name, value in vars(self).items() if value]
-        return ", ".join(parts) if self.checkpoint_layers else "nothing is recomputed"
+        if not self.checkpoint_layers:
+            return "nothing is recomputed"
+        apart = f" from every {self.checkpoint_every}th input" if self.checkpoint_every > 1 else ""
+        parts = [f"{self.checkpoint_layers} layers recomputed{apart}"]
+        parts += [f"{self.save_attention} keep attention"] if self.save_attention else []
+        parts += [f"{self.offload} inputs on the host"] if self.offload else []
+        parts += [f"MLPs by {self.mlp_tile} tokens"] if self.mlp_tile else []
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
