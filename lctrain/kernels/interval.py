@@ -122,16 +122,16 @@ class Interval:
 
 
 class Blocks(Interval):
-    """The indices of neighbouring blocks: block i of `size` holds indices i·size to (i + 1)·size - 1, below `length`.
+    """The indices of some blocks: block i of `size` holds indices i·size to (i + 1)·size - 1, below `length`.
 
     `axis` is -2 for queries, -1 for keys, in a mask of [B, H, L, S].
     """
 
-    def __init__(self, blocks: range, *, size: int, length: int, axis: int, device: torch.device) -> None:
-        self.blocks, self.size, self.length, self.axis = blocks, size, length, axis
+    def __init__(self, numbers: Tensor, *, size: int, length: int, axis: int) -> None:
+        self.numbers, self.size, self.length, self.axis = numbers, size, length, axis
         self.part: Tensor | None = None
-        first = torch.arange(blocks.start, blocks.stop, dtype=torch.int32, device=device) * size
-        super().__init__(*self._shaped(first[None], (first[None] + size).clamp(max=length) - 1))
+        first = (numbers.to(torch.int32) * size)[None]
+        super().__init__(*self._shaped(first, (first + size).clamp(max=length) - 1))
 
     def whole(self) -> Tensor:
         """Whether a block is filled: the last one may end before its size."""
@@ -139,7 +139,7 @@ class Blocks(Interval):
         return filled
 
     def look_up(self, table_RS: Tensor) -> Interval:
-        """Bounds of the entries at each block, [R, 1, L, 1] or [R, 1, 1, S]."""
+        """Bounds of the entries at each block, [R, 1, L, 1] or [R, 1, 1, S]; of an empty part, none fits between."""
         entries = self._entries(table_RS)
         if self.part is None:
             return Interval(*self._shaped(*entries.aminmax(dim=-1)))
@@ -147,29 +147,38 @@ class Blocks(Interval):
         low, high = entries.where(self.part, limits.max).amin(-1), entries.where(self.part, limits.min).amax(-1)
         return Interval(*self._shaped(low, high))
 
-    def parts(self, documents_RS: Tensor) -> list["Blocks"]:
-        """The tokens of each block's first document, of its last, and those between, if any."""
+    def mixed(self, documents_RS: Tensor) -> Tensor:
+        """The numbers of the blocks that hold more than one document, in any row."""
+        entries = self._entries(documents_RS)
+        return self.numbers[(entries != entries[..., :1]).any(-1).any(0)]
+
+    def parts(self, documents_RS: Tensor) -> "Blocks":
+        """Three of each block, of its tokens in its first document, in its last, and between.
+
+        Stacked in front, [3, 1, R, 1, L, 1] for queries and [1, 3, R, 1, 1, S] for keys, so that every part meets
+        every other.
+        """
         entries = self._entries(documents_RS)
         first, last = entries == entries[..., :1], entries == entries[..., -1:]
-        return [self._only(part) for part in (first, last, ~(first | last))]
-
-    def _only(self, part: Tensor) -> "Blocks":
-        blocks = copy(self)
-        blocks.part = part
-        index = torch.arange(self.size, dtype=torch.int32, device=part.device).expand(part.shape)
-        low, high = self._shaped(index.where(part, self.size).amin(-1), index.where(part, -1).amax(-1))
-        blocks.lo, blocks.hi = self.lo + low, torch.minimum(self.lo + high, torch.as_tensor(self.hi))
-        return blocks
+        parts = copy(self)
+        parts.part = torch.stack((first, last, ~(first | last)))
+        index = torch.arange(self.size, dtype=torch.int32, device=entries.device).expand(parts.part.shape)
+        low, high = parts._shaped(index.where(parts.part, self.size).amin(-1), index.where(parts.part, -1).amax(-1))
+        parts.lo, parts.hi = self.lo + low, torch.minimum(self.lo + high, torch.as_tensor(self.hi))
+        return parts
 
     def _entries(self, table_RS: Tensor) -> Tensor:
-        """[R, blocks, size]; the last one stands for those that are missing."""
-        entries = table_RS[:, self.blocks.start * self.size : min(self.blocks.stop * self.size, self.length)]
-        missing = len(self.blocks) * self.size - entries.shape[1]
-        return torch.cat((entries, entries[:, -1:].expand(-1, missing)), 1).unflatten(1, (-1, self.size))
+        """[R, blocks, size]; the last entry stands for those that are missing."""
+        table_RS = table_RS[:, : self.length]
+        table_RS = torch.cat((table_RS, table_RS[:, -1:].expand(-1, -self.length % self.size)), dim=1)
+        entries: Tensor = table_RS.unflatten(1, (-1, self.size))[:, self.numbers]
+        return entries
 
     def _shaped(self, *of_blocks: Tensor) -> list[Tensor]:
-        """[R, blocks] as in a mask."""
-        return [x[:, None, None] if self.axis == -1 else x[:, None, :, None] for x in of_blocks]
+        """[R, blocks] as in a mask, [3, R, blocks] as in `parts`."""
+        if self.axis == -1:
+            return [x[:, None, None] if x.ndim == 2 else x[None, :, :, None, None] for x in of_blocks]
+        return [x[:, None, :, None] if x.ndim == 2 else x[:, None, :, None, :, None] for x in of_blocks]
 
 
 def _positive(divisor: Any) -> int:

@@ -5,8 +5,6 @@ Shape legend: B batch, H query heads, L queries, S keys, R rows of a table: B, o
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial, reduce
-from itertools import product
 from typing import Any
 
 import torch
@@ -78,16 +76,22 @@ class Mask:
         A block that its index range does not fill is never surely visible. Raises TypeError, AttributeError or
         IndexError where the mask is made of more than arithmetic.
         """
+        mask = self._interval(q, kv)
+        shape = (self.batch, self.num_heads, len(q.numbers), len(kv.numbers))
+        surely = torch.as_tensor(mask.lo) & q.whole() & kv.whole()
+        return surely.expand(shape), torch.as_tensor(mask.hi).expand(shape)
+
+    def bound_parts(self, q: Blocks, kv: Blocks) -> Tensor:
+        """`possibly` once more, where documents meet: positions of one block are far apart there, so that `bound` tells
+        little. Here each document at either end of a block is taken by itself.
+        """
+        assert self.documents is not None
+        mask = self._interval(q.parts(self.documents[0]), kv.parts(self.documents[1]))
+        return torch.as_tensor(mask.hi).any(0).any(0)
+
+    def _interval(self, q: Blocks, kv: Blocks) -> Interval:
         b, h = (torch.arange(n, dtype=torch.int32, device=self.device) for n in (self.batch, self.num_heads))
-        mask_mod = partial(self.mask_mod(), b[:, None, None, None], h[:, None, None])
-        mask = Interval.of(mask_mod(q, kv))
-        surely, possibly = torch.as_tensor(mask.lo) & q.whole() & kv.whole(), torch.as_tensor(mask.hi)
-        if self.documents is not None:  # where they meet, positions of one block are far apart: take each by itself
-            parts = product(q.parts(self.documents[0]), kv.parts(self.documents[1]))
-            near = (torch.as_tensor(Interval.of(mask_mod(*pair)).hi) for pair in parts)
-            possibly = possibly & reduce(torch.logical_or, near)
-        shape = (self.batch, self.num_heads, len(q.blocks), len(kv.blocks))
-        return surely.expand(shape), possibly.expand(shape)
+        return Interval.of(self.mask_mod()(b[:, None, None, None], h[:, None, None], q, kv))
 
     def padded(self, multiple: int) -> "Mask":
         """The same with tables that may be read past their end, up to a multiple of so many entries."""

@@ -89,12 +89,14 @@ def test_lists_are_as_wide_as_the_longest():
     window = block_mask(mask_of(PATTERNS["window"], length=128 * 64))
     assert window.kv_indices.shape == window.q_indices.shape == (1, HEADS, 64, 3)
     assert block_mask(mask_of(PATTERNS["s2"])).full_kv_indices.shape[-1] == 2  # none is full; torch wants two
+    causal = block_mask(mask_of(PATTERNS["causal"], length=128 * 5))
+    assert causal.kv_indices.shape == causal.full_kv_indices.shape  # which FlexAttention takes for granted
 
 
 def test_many_blocks_are_bounded_in_parts(monkeypatch):
     mask = mask_of(PATTERNS["s2"], [[300, 1, 399]])
     whole = block_mask(mask)
-    monkeypatch.setattr(module, "MAX_PAIRS", 30)
+    monkeypatch.setattr(module, "MAX_PAIRS", 300)
     parts = block_mask(mask)
     for name in ("kv_num_blocks", "kv_indices", "full_kv_indices", "q_indices", "full_q_num_blocks"):
         assert torch.equal(getattr(whole, name), getattr(parts, name))
@@ -103,7 +105,7 @@ def test_many_blocks_are_bounded_in_parts(monkeypatch):
 def test_large_lists_make_larger_blocks_of_queries(monkeypatch):
     mask = mask_of(PATTERNS["causal"], length=768)
     assert block_mask(mask).BLOCK_SIZE == (128, 128)
-    monkeypatch.setattr(module, "MAX_LIST_BYTES", HEADS * 3 * (2 + 4) * 4)  # 3 rows, 2 partial and 4 full blocks
+    monkeypatch.setattr(module, "MAX_LIST_BYTES", HEADS * 6 * 2 * 5 * 4 // 2)  # half of 6 rows, two lists of 5
     large = block_mask(mask)
     assert large.BLOCK_SIZE == (256, 128)
     some, all_ = blocks_of(mask, 256, 128)
@@ -111,6 +113,11 @@ def test_large_lists_make_larger_blocks_of_queries(monkeypatch):
     full = listed(large.full_kv_num_blocks, large.full_kv_indices, 6)
     assert torch.equal(partial | full, some)
     assert torch.equal(full, all_)
+
+
+def test_many_pairs_of_blocks_make_larger_blocks_of_queries(monkeypatch):
+    monkeypatch.setattr(module, "MAX_GRID", HEADS * 2 * 6)
+    assert block_mask(mask_of(PATTERNS["s2"])).BLOCK_SIZE == (512, 128)
 
 
 def test_a_mask_without_bounds_is_evaluated(monkeypatch):

@@ -82,30 +82,39 @@ def test_what_has_no_bounds_raises(function):
         function(Interval(torch.tensor(0), torch.tensor(4)))
 
 
-@pytest.mark.parametrize(("length", "size"), [(12, 4), (13, 4), (3, 4), (9, 1)])
-def test_blocks_of_a_table(length, size):
+@pytest.mark.parametrize("numbers", [[0, 1, 2], [1], [2, 0]])
+@pytest.mark.parametrize("length", [12, 11, 9])
+def test_blocks_of_a_table(length, numbers):
     table = torch.randint(0, 9, (2, length), generator=torch.Generator().manual_seed(0))
-    num = -(-length // size)
-    blocks = Blocks(range(1, num) if num > 1 else range(num), size=size, length=length, axis=-1, device=table.device)
+    blocks = Blocks(torch.tensor(numbers), size=4, length=length, axis=-1)
     found = blocks.look_up(torch.nn.functional.pad(table, (0, 5), value=99))  # what lies behind is not looked at
-    for i, block in enumerate(blocks.blocks):
-        part = table[:, block * size : (block + 1) * size]
+    for i, block in enumerate(numbers):
+        part = table[:, block * 4 : (block + 1) * 4]
         assert torch.equal(found.lo[:, 0, 0, i], part.amin(1))
         assert torch.equal(found.hi[:, 0, 0, i], part.amax(1))
-        assert (int(blocks.lo[..., i]), int(blocks.hi[..., i])) == (block * size, min((block + 1) * size, length) - 1)
-        assert bool(blocks.whole()[..., i]) == (part.shape[1] == size)
+        assert (int(blocks.lo[..., i]), int(blocks.hi[..., i])) == (block * 4, min((block + 1) * 4, length) - 1)
+        assert bool(blocks.whole()[..., i]) == (part.shape[1] == 4)
 
 
 def test_parts_of_blocks_where_documents_meet():
     documents = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3, 4, 4]])  # blocks of 4: 0 0 0 1 | 1 2 3 3 | 4 4
-    blocks = Blocks(range(3), size=4, length=10, axis=-1, device=documents.device)
-    first, last, between = blocks.parts(documents)
-    assert (first.lo.flatten().tolist(), first.hi.flatten().tolist()) == ([0, 4, 8], [2, 4, 9])
-    assert (last.lo.flatten().tolist(), last.hi.flatten().tolist()) == ([3, 6, 8], [3, 7, 9])
-    assert (between.lo[..., 1].item(), between.hi[..., 1].item()) == (5, 5)
-    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0, 1, 0, 1]])
-    for part, low, high in ((first, [0, 1, 0], [2, 1, 1]), (last, [0, 0, 0], [0, 1, 1])):
-        found = part.look_up(positions)
-        assert (found.lo.flatten().tolist(), found.hi.flatten().tolist()) == (low, high)
-    nobody = between.look_up(documents) == first.look_up(documents)
+    blocks = Blocks(torch.arange(3), size=4, length=10, axis=-1)
+    assert blocks.mixed(documents).tolist() == [0, 1]
+    parts = blocks.parts(documents)
+    first, last, between = (
+        list(zip(*bounds, strict=True)) for bounds in zip(flat(parts.lo), flat(parts.hi), strict=True)
+    )
+    assert first == [(0, 2), (4, 4), (8, 9)]
+    assert last == [(3, 3), (6, 7), (8, 9)]
+    assert between[1] == (5, 5)
+    positions = parts.look_up(torch.tensor([[0, 1, 2, 0, 1, 0, 0, 1, 0, 1]]))
+    assert flat(positions.lo)[:2] == [[0, 1, 0], [0, 0, 0]]
+    assert flat(positions.hi)[:2] == [[2, 1, 1], [0, 1, 1]]
+    numbers = parts.look_up(documents)
+    nobody = Interval(numbers.lo[:, 2], numbers.hi[:, 2]) == Interval(numbers.lo[:, 0], numbers.hi[:, 0])
     assert not nobody.hi.any()
+
+
+def flat(x):
+    """[1, 3, 1, 1, 1, blocks] as lists."""
+    return x[0, :, 0, 0, 0].tolist()
