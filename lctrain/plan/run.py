@@ -159,6 +159,7 @@ def _memory_of(
     host = given.host_memory * GIB if given.host_memory else host
     chosen, memory = choose_savings(
         recipe.config().get_text_config().num_hidden_layers,
+        step.length,
         simulate,
         device=device,
         host=host if _device_type(cfg) == "cuda" else 0,

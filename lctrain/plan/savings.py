@@ -9,16 +9,18 @@ from lctrain.errors import InputError
 from lctrain.memory.savings import NOTHING, Savings
 from lctrain.plan.memory import Memory
 
-MLP_TILE = 8192  # tokens: enough to fill a card's matrix units, and a small part of a long row
+MLP_TILE = 8192  # tokens fill a card's matrix units
+MAX_TILES = 16  # of a row: more would save little, and each costs launches
 GROUPS = (2, 3, 4)  # layers between two kept inputs; the more, the more inputs a group needs while it is computed
 
 
 def choose_savings(
-    num_layers: int, plan: Callable[[Savings], Memory], *, device: float, host: float, dropout: bool
+    num_layers: int, length: int, plan: Callable[[Savings], Memory], *, device: float, host: float, dropout: bool
 ) -> tuple[Savings, Memory]:
     """The first of `ladder` that fits into `device` and `host` bytes, and its plan. InputError if none does."""
     known = cache(plan)
-    recomputed = replace(NOTHING, checkpoint_layers=num_layers, save_attention=num_layers, mlp_tile=MLP_TILE)
+    tile = max(MLP_TILE, length // MAX_TILES)
+    recomputed = replace(NOTHING, checkpoint_layers=num_layers, save_attention=num_layers, mlp_tile=tile)
     num_hosted = min(num_layers, int(host // known(replace(recomputed, offload=1)).host)) if host else 0
     least = float("inf")
     for rung in ladder(recomputed, num_hosted=num_hosted, groups=() if dropout else GROUPS):
