@@ -31,9 +31,10 @@ class MaskedAttention(ABC):
 
     `visible` sees positions *inside a document*, so a packed document attends exactly as it would alone. Causality,
     documents, padding and the model's own window are and-ed to every pattern where it is installed, never here.
+    Written with + - * // % comparisons & | ~ it is also evaluated on intervals of positions, and which blocks it leaves
+    empty or fills costs nothing to find (`lctrain.kernels.interval`); anything else works, and builds more slowly.
     """
 
-    plain_causal: ClassVar[bool] = False  # the pattern is everything: a kernel may take its causal shortcut
     supports_sequence_parallel: ClassVar[bool] = True  # `visible` asks the layout which heads are here
 
     @abstractmethod
@@ -46,6 +47,10 @@ class MaskedAttention(ABC):
     def can_decode(self) -> bool:
         """Whether the pattern is defined while the row's final length is not known."""
         return True
+
+    def window(self, layout: Layout) -> int | None:
+        """How far back, with the token itself, where that is the whole pattern: kernels know this one by themselves."""
+        return None
 
     def layer_group(self, layer_idx: int) -> Hashable:
         """Layers of one group share one mask."""

@@ -1,7 +1,6 @@
 """Causal attention over everything before."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from lctrain.attention.base import Layout, MaskedAttention, MaskMod
 
@@ -10,7 +9,8 @@ from lctrain.attention.base import Layout, MaskedAttention, MaskMod
 class FullAttention(MaskedAttention):
     """Every token sees all tokens before it in its document; a model's own sliding window stays."""
 
-    plain_causal: ClassVar[bool] = True
-
     def visible(self, layout: Layout) -> MaskMod:
         return lambda b, h, q_pos, kv_pos: kv_pos <= q_pos
+
+    def window(self, layout: Layout) -> int | None:
+        return layout.length

@@ -27,6 +27,9 @@ class SlidingWindowAttention(MaskedAttention):
         width = self.layer_group(layout.layer_idx)
         return lambda b, h, q_pos, kv_pos: q_pos - kv_pos < width
 
+    def window(self, layout: Layout) -> int | None:
+        return self.layer_group(layout.layer_idx)
+
     def check(self, config: PreTrainedConfig, lengths: list[int]) -> None:
         if not isinstance(self.sliding_window, int) and len(self.sliding_window) != config.num_hidden_layers:
             raise InputError(

@@ -4,44 +4,38 @@ Shape legend: B batch, H query heads, K key-value heads, L queries, S keys, D he
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+from lctrain.kernels.mask import Mask
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskShape:
-    """The grid a mask is evaluated on. `batch` and `num_heads` are 1 where the mask does not depend on them."""
+class Demand:
+    """What a model asks of a kernel. `dtype` is that of queries, keys and values."""
 
-    batch: int
-    num_heads: int
-    num_key_value_groups: int
-    q_length: int
-    kv_length: int
-    device: torch.device
+    device_type: str
     dtype: torch.dtype
-
-    def evaluate(self, mask_mod: MaskMod, q: slice, kv: slice) -> Tensor:
-        """The boolean mask [B, H, L, S] of one rectangle of the grid."""
-        b, h = (torch.arange(n, device=self.device) for n in (self.batch, self.num_heads))
-        q_idx, kv_idx = (torch.arange(s.start, s.stop, device=self.device) for s in (q, kv))
-        mask = mask_mod(b[:, None, None, None], h[:, None, None], q_idx[:, None], kv_idx)
-        return mask.expand(self.batch, self.num_heads, q_idx.numel(), kv_idx.numel())
+    head_dim: int
+    softcap: float | None
 
 
 class Kernel(ABC):
-    """`prepare` turns a mask function into what this kernel runs on; None stands for plain causal."""
+    """`prepare` turns a mask into what this kernel runs on, once per forward; `attend` serves every layer with it."""
 
-    supports_softcap: bool = True
+    @classmethod
+    @abstractmethod
+    def refusal(cls, demand: Demand) -> str | None:
+        """Why this kernel can't do that here, and what to install or use instead; None if it can."""
 
     @abstractmethod
-    def prepare(self, mask_mod: MaskMod, shape: MaskShape) -> Any:
-        """Evaluate the mask once; the result serves all layers of a forward and its backward."""
+    def prepare(self, mask: Mask) -> Any:
+        """What serves all layers of a forward and its backward."""
 
     @abstractmethod
     def attend(

@@ -1,25 +1,31 @@
 """The one place where a kernel is chosen."""
 
 from lctrain.errors import InputError
-from lctrain.kernels.base import Kernel
+from lctrain.kernels.base import Demand, Kernel
+from lctrain.kernels.cudnn import CudnnKernel
+from lctrain.kernels.flash import FlashKernel
 from lctrain.kernels.flex import FlexKernel
 from lctrain.kernels.reference import ReferenceKernel
 from lctrain.kernels.sdpa import SDPAKernel
 
-KERNELS: dict[str, type[Kernel]] = {"flex": FlexKernel, "sdpa": SDPAKernel, "reference": ReferenceKernel}
+KERNELS: dict[str, type[Kernel]] = {  # the fastest first, as measured in docs/results/kernels.md
+    "flash": FlashKernel,
+    "cudnn": CudnnKernel,
+    "flex": FlexKernel,
+    "sdpa": SDPAKernel,
+    "reference": ReferenceKernel,
+}
 
 
-def choose(name: str, *, softcap: float | None, device_type: str) -> tuple[str, Kernel]:
-    """The kernel called `name`; `auto` takes flex on CUDA and sdpa on CPU, or reference there for capped scores.
+def choose(name: str, demand: Demand) -> tuple[str, Kernel]:
+    """The kernel called `name`; `auto` takes the first that can do what is demanded.
 
     Raises InputError for a choice that can't run, instead of running something else.
     """
     if name == "auto":
-        name = "flex" if device_type == "cuda" else "sdpa" if softcap is None else "reference"
+        name = next(name for name, kernel in KERNELS.items() if kernel.refusal(demand) is None)
     if name not in KERNELS:
         raise InputError(f"no kernel '{name}'; choose auto, {', '.join(KERNELS)}")
-    if name == "flex" and device_type != "cuda":
-        raise InputError("kernel=flex needs a CUDA device; use kernel=auto")
-    if softcap is not None and not KERNELS[name].supports_softcap:
-        raise InputError(f"kernel={name} can't cap attention scores as this model does; use kernel=auto")
+    if reason := KERNELS[name].refusal(demand):
+        raise InputError(f"kernel={name} {reason}")
     return name, KERNELS[name]()

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lctrain.kernels.base import Kernel, MaskMod, MaskShape
+from lctrain.kernels.base import Demand, Kernel
+from lctrain.kernels.mask import Mask
 
 # Tiles of 512 queries skip most of what a pattern hides and still keep a CPU's cores busy.
 TILE = 512
@@ -30,18 +31,22 @@ class SDPAKernel(Kernel):
     The tiles make a window or a group cost what it sees, also where the backend knows no sparsity (CPU).
     """
 
-    supports_softcap = False
+    @classmethod
+    def refusal(cls, demand: Demand) -> str | None:
+        return "can't cap attention scores as this model does; use kernel=auto" if demand.softcap is not None else None
 
-    def prepare(self, mask_mod: MaskMod, shape: MaskShape) -> list[Tile]:
-        offset = shape.kv_length - shape.q_length  # causal: query i sees no key after i + offset
+    def prepare(self, mask: Mask) -> list[Tile] | None:
+        if mask.causal:
+            return None
+        offset = mask.kv_length - mask.q_length  # causal: query i sees no key after i + offset
         tiles = []
-        for start in range(0, shape.q_length, TILE):
-            q = slice(start, min(start + TILE, shape.q_length))
-            mask = shape.evaluate(mask_mod, q, slice(0, q.stop + offset))
-            for q_heads, kv_heads in _head_runs(mask, shape.num_key_value_groups):
-                kv = slice(*_hull(mask[:, q_heads]))
-                visible = mask[:, q_heads, :, kv]
-                bias = torch.zeros(visible.shape, dtype=shape.dtype, device=shape.device)
+        for start in range(0, mask.q_length, TILE):
+            q = slice(start, min(start + TILE, mask.q_length))
+            attends = mask.evaluate(q, slice(0, q.stop + offset))
+            for q_heads, kv_heads in _head_runs(attends, mask.num_key_value_groups):
+                kv = slice(*_hull(attends[:, q_heads]))
+                visible = attends[:, q_heads, :, kv]
+                bias = torch.zeros(visible.shape, dtype=mask.dtype, device=mask.device)
                 tiles.append(Tile(q_heads, kv_heads, q, kv, bias.masked_fill_(~visible, float("-inf"))))
         return tiles
 

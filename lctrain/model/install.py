@@ -6,18 +6,23 @@ Shape legend: B batch, H query heads, K key-value heads, L queries, S keys, D he
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 from lctrain.attention.base import Layout, MaskedAttention
 from lctrain.errors import InputError
-from lctrain.kernels.base import Kernel, MaskMod, MaskShape
+from lctrain.kernels.base import Demand, Kernel
 from lctrain.kernels.choose import choose
+from lctrain.kernels.mask import Mask
+from lctrain.memory.recall import attend_once
 from lctrain.parallel.ulysses import Ulysses
+
+Sides = tuple[Tensor, Tensor]  # a table of queries [B or 1, L] and of keys [B or 1, S]
 
 _serial = itertools.count()
 _SCORE_TERMS = ("s_aux", "sinks", "position_bias", "indices", "block_indices")  # learned sinks, biases, chosen keys
@@ -37,42 +42,26 @@ class _Mask:
     positions_BS: Tensor | None  # of keys among the row's tokens; given with padding
     prepared: dict[Any, Any] = field(default_factory=dict)
 
-    def positions(self, position_ids_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions of queries and keys inside their documents, [B or 1, L] and [B or 1, S]."""
-        if self.positions_BS is not None:
-            kv = self.positions_BS
-        elif self.q_length == self.kv_length:
-            return position_ids_BL, position_ids_BL
-        else:
-            kv = torch.arange(self.kv_length, device=position_ids_BL.device)[None] + self.kv_offset
+    def tables(self, position_ids_BL: Tensor) -> tuple[Sides | None, Sides | None]:
+        """Positions in the document, and numbers of documents, of queries and keys; None where they are just the index
+        in the row, and where a row is one document. Documents are packed where positions do not go on by one.
+        """
+        if self.padding_BS is not None:
+            assert self.positions_BS is not None
+            # A padding query sees padding, so that no row of the softmax is empty: it is a document of its own.
+            return self._sides(self.positions_BS), self._sides(self.padding_BS)
+        if self.q_length != self.kv_length:
+            return None, None
+        row = torch.arange(self.kv_length, device=position_ids_BL.device)
+        begins = position_ids_BL.diff(dim=1, prepend=position_ids_BL[:, :1] - 1) != 1
+        packed, indices = torch.stack((begins.any(), (position_ids_BL == row).all())).tolist()  # once per forward
+        positions = None if indices else self._sides(position_ids_BL)
+        return positions, self._sides(begins.cumsum(1)) if packed else None
+
+    def _sides(self, table_BS: Tensor) -> Sides:
         first = self.q_offset - self.kv_offset
-        return kv[:, first : first + self.q_length], kv
-
-    def documents(self, position_ids_BL: Tensor) -> Tensor | None:
-        """The number of each token's document, where a row of the forward holds more than one; they are packed
-        where positions do not go on by one."""
-        if self.q_length != self.kv_length or self.padding_BS is not None:
-            return None
-        starts = position_ids_BL.diff(dim=1, prepend=position_ids_BL[:, :1] - 1) != 1
-        return starts.cumsum(1) if bool(starts.any()) else None
-
-    def combine(self, visible: MaskMod, position_ids_BL: Tensor, documents_BL: Tensor | None) -> MaskMod:
-        """`visible`, documents, padding and all that the architecture asks for, over indices of this forward."""
-        q_pos, kv_pos = self.positions(position_ids_BL)
-        one_row = q_pos.shape[0] == 1
-        padding, q_offset, kv_offset = self.padding_BS, self.q_offset, self.kv_offset
-
-        def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            row = b * 0 if one_row else b
-            mask: Tensor = self.mask_function(b, h, q_idx + q_offset, kv_idx + kv_offset)
-            mask = mask & visible(b, h, q_pos[row, q_idx], kv_pos[row, kv_idx])
-            if documents_BL is not None:
-                mask = mask & (documents_BL[row, q_idx] == documents_BL[row, kv_idx])
-            if padding is not None:  # a padding query sees padding, so that no row of the softmax is empty
-                mask = mask & (padding[b, q_idx + (q_offset - kv_offset)] == padding[b, kv_idx])
-            return mask
-
-        return mask_mod
+        table_BS = table_BS.to(torch.int32)
+        return table_BS[:, first : first + self.q_length], table_BS
 
 
 @dataclass(frozen=True)
@@ -133,53 +122,73 @@ class _Installed:
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             prepared = self._prepared(mask, module, q, k, position_ids)
-            return self.kernel.attend(q, k, v, prepared, scaling=scaling, softcap=softcap)
+            run = partial(self.kernel.attend, prepared=prepared, scaling=scaling, softcap=softcap)
+            return attend_once(run, q, k, v)
 
         if self.ulysses is None:
             return attention(q_BHLD, k_BKSD, v_BKSD).transpose(1, 2), None
         return self.ulysses.attend(attention, q_BHLD, k_BKSD, v_BKSD).transpose(1, 2), None
 
     def _prepared(self, mask: _Mask, module: nn.Module, q: Tensor, k: Tensor, position_ids: Tensor | None) -> Any:
-        """What the kernel made of the mask of this layer's group; None for plain causal attention."""
-        position_ids, documents = self._row(mask, position_ids)
-        plain = mask.mask_function is causal_mask_function and mask.padding_BS is None and documents is None
-        if plain and self.method.plain_causal and mask.q_length == mask.kv_length:
-            return None
-        if position_ids is None:
-            raise InputError(f"{type(module).__name__} hands no position_ids to its attention; lctrain can't mask it")
+        """What the kernel made of the mask of this layer's group."""
         group = self.method.layer_group(module.layer_idx)  # type: ignore[arg-type]
         if ("mask", group) not in mask.prepared:
-            num_ranks, rank = (1, 0) if self.ulysses is None else (self.ulysses.size, self.ulysses.rank)
-            layout = Layout(
-                length=mask.kv_length,
-                num_attention_heads=q.shape[1] * num_ranks,
-                num_key_value_heads=q.shape[1] * num_ranks // int(module.num_key_value_groups),  # type: ignore[arg-type]
-                layer_idx=module.layer_idx,  # type: ignore[arg-type]
-                first_head=q.shape[1] * rank,
-                decoding=mask.q_length != mask.kv_length,
-            )
-            shape = MaskShape(
-                batch=1 if plain and position_ids.shape[0] == 1 else mask.batch,
-                num_heads=q.shape[1] if self.method.heads_differ(layout) else 1,
-                num_key_value_groups=q.shape[1] // k.shape[1],
-                q_length=mask.q_length,
-                kv_length=mask.kv_length,
-                device=q.device,
-                dtype=q.dtype,
-            )
-            combined = mask.combine(self.method.visible(layout), position_ids, documents)
-            mask.prepared["mask", group] = self.kernel.prepare(combined, shape)
+            mask.prepared["mask", group] = self.kernel.prepare(self._mask(mask, module, q, k, position_ids))
         return mask.prepared["mask", group]
 
-    def _row(self, mask: _Mask, position_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _mask(self, mask: _Mask, module: nn.Module, q: Tensor, k: Tensor, position_ids: Tensor | None) -> Mask:
+        """The method, the architecture, documents and padding as one mask over this rank's heads."""
+        num_ranks, rank = (1, 0) if self.ulysses is None else (self.ulysses.size, self.ulysses.rank)
+        layout = Layout(
+            length=mask.kv_length,
+            num_attention_heads=q.shape[1] * num_ranks,
+            num_key_value_heads=q.shape[1] * num_ranks // module.num_key_value_groups,  # type: ignore[operator, arg-type]
+            layer_idx=module.layer_idx,  # type: ignore[arg-type]
+            first_head=q.shape[1] * rank,
+            decoding=mask.q_length != mask.kv_length,
+        )
+        plain = mask.mask_function is causal_mask_function and mask.padding_BS is None and not layout.decoding
+        window = self.method.window(layout) if plain else None
+        if position_ids is None and (window is None or window < mask.kv_length):
+            raise InputError(f"{type(module).__name__} hands no position_ids to its attention; lctrain can't mask it")
+        positions, documents = self._tables(mask, position_ids)
+        return Mask(
+            q_length=mask.q_length,
+            kv_length=mask.kv_length,
+            num_heads=q.shape[1] if self.method.heads_differ(layout) else 1,
+            num_key_value_groups=q.shape[1] // k.shape[1],
+            head_dim=q.shape[-1],
+            device=q.device,
+            dtype=q.dtype,
+            allowed=mask.mask_function,
+            visible=self.method.visible(layout),
+            q_offset=mask.q_offset,
+            kv_offset=mask.kv_offset,
+            positions=positions,
+            documents=documents,
+            window=window,
+        )
+
+    def _tables(self, mask: _Mask, position_ids: Tensor | None) -> tuple[Sides | None, Sides | None]:
         """Positions and documents of the whole row, found once per forward."""
         if position_ids is None:
             return None, None
-        if "row" not in mask.prepared:
+        if "tables" not in mask.prepared:
             position_ids = position_ids if self.ulysses is None else self.ulysses.gather(position_ids)
-            mask.prepared["row"] = position_ids, mask.documents(position_ids)
-        row: tuple[Tensor, Tensor | None] = mask.prepared["row"]
-        return row
+            mask.prepared["tables"] = mask.tables(position_ids)
+        tables: tuple[Sides | None, Sides | None] = mask.prepared["tables"]
+        return tables
+
+
+def demand(config: PreTrainedConfig, dtype: torch.dtype, device_type: str) -> Demand:
+    """What a model of this config asks of a kernel; `dtype` is that of its weights."""
+    text = config.get_text_config()
+    return Demand(
+        device_type=device_type,
+        dtype=dtype,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        softcap=getattr(text, "attn_logit_softcapping", None),
+    )
 
 
 def install(
@@ -191,8 +200,7 @@ def install(
     Under `ulysses` its forwards take this rank's part of each row. Returns the name of the kernel that was chosen.
     Raises InputError if the kernel can't run, or the model's attention does not go through the interface.
     """
-    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-    name, chosen = choose(kernel, softcap=softcap, device_type=model.device.type)
+    name, chosen = choose(kernel, demand(model.config, model.dtype, model.device.type))
     installed = _Installed(method, chosen, ulysses)
     implementation = f"lctrain_{next(_serial)}"
     AttentionInterface.register(implementation, installed.attend)

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
@@ -22,13 +22,16 @@ from lctrain.errors import InputError, RunError
 from lctrain.evaluation.run import check as check_evaluation
 from lctrain.folder import RunFolder, read_history
 from lctrain.model.recipe import ModelRecipe
+from lctrain.plan.run import resolve
 from lctrain.rope.none import NoScaling
 from lctrain.training.metrics import Metrics, write_aside
+from lctrain.training.strategy import ShardedCheckpoints
 from lctrain.training.watchdog import Watchdog
 
 # What may change between a run and its continuation without changing what step N computes: beginnings of keys.
 FREE_TO_CHANGE = (
     *("run_dir", "resume", "logger", "callbacks.", "evaluation.", "evaluation_attention.", "hydra."),
+    *("memory.", "model.memory.", "module.recipe.memory."),
     *("datamodule.cache_dir", "trainer.max_steps", "trainer.val_check_interval", "trainer.enable_"),
     # How a step is divided, as long as it is the same step: `_check_tokens_per_step`.
     *("strategy.", "trainer.strategy.", "trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches"),
@@ -67,6 +70,8 @@ def train(cfg: DictConfig) -> Trained:
     trainer = _trainer(cfg)
     device = trainer.strategy.root_device
     _check_positions(module.recipe)
+    _check_strategy(cfg, trainer)
+    module.recipe = resolve(cfg, module.recipe, datamodule.curriculum.lengths(), device)
     module.recipe.check(datamodule.curriculum.lengths(), device.type, cfg.sequence_parallel_size)
     if not any(p.requires_grad for p in module.recipe.skeleton(module.recipe.config()).parameters()):
         raise InputError(f"{module.recipe.tuning} leaves nothing to train; choose another tuning")
@@ -118,6 +123,13 @@ def _check_tokens_per_step(checkpoint: Path | None, datamodule: LongContextData)
             f"{checkpoint} was written by steps of {before:,} tokens, these would be of {now:,}: keep the product of "
             "datamodule.micro_batch_size, trainer.accumulate_grad_batches and the devices that read different rows"
         )
+
+
+def _check_strategy(cfg: DictConfig, trainer: Trainer) -> None:
+    if cfg.precision == "fp8" and cast(ShardedCheckpoints, trainer.strategy).zero3 is not None:
+        raise InputError("precision=fp8 holds whole matrices and stage 3 shards them; use strategy=zero2")
+    if cfg.trainer.num_nodes > 1 and trainer.world_size == 1:
+        raise InputError(f"strategy=single is for one process, trainer.num_nodes={cfg.trainer.num_nodes}; use ddp")
 
 
 def _check_positions(recipe: ModelRecipe) -> None:

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AttentionInterface, StaticCache
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
+from lctrain.attention.base import Layout
 from lctrain.config import conf_dir
 from lctrain.errors import InputError
+from lctrain.kernels.interval import Blocks
+from lctrain.kernels.mask import Mask
 from lctrain.model.install import install
 
 CASES = runpy.run_path(str(Path(__file__).with_name("conftest.py")))["CASES"]
@@ -73,6 +76,45 @@ def test_causal_to_the_bit(attending, ids, name, num_key_value_heads):
         before, after = (model(input_ids=t).logits[0] for t in (tokens, changed))
         assert torch.equal(before[:j], after[:j])
         assert not torch.equal(before[j:], after[j:])
+
+
+def layout_of(layer=0, length=40):
+    return Layout(length=length, num_attention_heads=4, num_key_value_heads=2, layer_idx=layer)
+
+
+@pytest.mark.parametrize("documents", [[40], [17, 1, 22]], ids=["alone", "packed"])
+@pytest.mark.parametrize("name", METHODS)
+def test_bounds_over_blocks_hold_for_every_pair(method_of, name, documents):
+    """Kernels skip blocks that are not possibly visible, and don't ask for pairs of those that surely are."""
+    position = torch.cat([torch.arange(n) for n in documents])[None].int()
+    number = torch.arange(len(documents)).repeat_interleave(torch.tensor(documents))[None].int()
+    mask = Mask(
+        q_length=40, kv_length=40, num_heads=4, num_key_value_groups=2, head_dim=8, device=position.device,
+        dtype=torch.float32, allowed=causal_mask_function, visible=method_of(name).visible(layout_of()),
+        positions=(position, position), documents=(number, number),
+    )  # fmt: skip
+    pairs = mask.evaluate(slice(0, 40), slice(0, 40)).unflatten(-1, (-1, 4)).unflatten(-3, (-1, 8)).transpose(-2, -3)
+    q, kv = (Blocks(torch.arange(40 // size), size=size, length=40, axis=axis) for size, axis in ((8, -2), (4, -1)))
+    try:
+        surely, possibly = mask.bound(q, kv)
+    except (TypeError, AttributeError, IndexError):
+        pytest.skip("the pattern is more than arithmetic: it is evaluated pair by pair")
+    assert not (surely & ~pairs.all(-1).all(-1)).any()
+    assert not (pairs.any(-1).any(-1) & ~possibly).any()
+    assert not (pairs.any(-1).any(-1) & ~mask.bound_parts(q, kv)).any()
+    assert not possibly.all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_window_that_kernels_are_told_is_the_pattern(method_of, name):
+    method, i = method_of(name), torch.arange(40)
+    for layer in (0, 1):
+        if (window := method.window(layout_of(layer))) is not None:
+            visible = method.visible(layout_of(layer))(torch.tensor(0), torch.arange(4)[:, None, None], i[:, None], i)
+            causal = i <= i[:, None]
+            assert torch.equal(
+                (visible & causal).expand(4, 40, 40), (causal & (i[:, None] - i < window)).expand(4, 40, 40)
+            )
 
 
 @pytest.mark.parametrize(

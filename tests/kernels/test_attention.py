@@ -1,13 +1,18 @@
 """Every kernel against a softmax written out in fp64, forward and gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lctrain.errors import InputError
-from lctrain.kernels import sdpa
-from lctrain.kernels.base import MaskShape
+from lctrain.kernels import flash, sdpa
+from lctrain.kernels.base import Demand
 from lctrain.kernels.choose import choose
+from lctrain.kernels.cudnn import CudnnKernel
+from lctrain.kernels.flash import FlashKernel
 from lctrain.kernels.flex import FlexKernel
+from lctrain.kernels.mask import Mask
 from lctrain.kernels.reference import ReferenceKernel
 from lctrain.kernels.sdpa import SDPAKernel
 
@@ -46,6 +51,19 @@ def mask_mods(length):
     return {name: lambda b, h, q, k, p=p: (k <= q) & p(b, h, q, k) for name, p in patterns.items()}
 
 
+def mask_of(mask_mod, queries, length, *, heads=1, groups=1, dtype=torch.float32, batch=1):
+    """As installed: a pattern that looks at the batch does so through a table. None is plain causal."""
+    rows = torch.zeros(batch, length, dtype=torch.int32)
+    return Mask(
+        q_length=queries, kv_length=length, num_heads=heads, num_key_value_groups=groups, head_dim=DIM,
+        device=torch.device("cpu"), dtype=dtype, q_offset=length - queries,
+        allowed=lambda b, h, q, k: k <= q,
+        visible=mask_mod or (lambda b, h, q, k: k <= q),
+        documents=None if mask_mod is None or batch == 1 else (rows[:, length - queries :], rows),
+        window=length if mask_mod is None else None,
+    )  # fmt: skip
+
+
 def naive(q, k, v, mask, scaling, softcap):
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
@@ -65,12 +83,12 @@ def check(
     q = torch.randn(batch, NUM_HEADS, queries, DIM, generator=generator, dtype=torch.float64)
     k, v = (torch.randn(batch, num_kv, length, DIM, generator=generator, dtype=torch.float64) for _ in range(2))
     upstream = torch.randn(q.shape, generator=generator, dtype=torch.float64)
-    shape = MaskShape(
-        batch=batch, num_heads=NUM_HEADS if heads_differ else 1, num_key_value_groups=NUM_HEADS // num_kv,
-        q_length=queries, kv_length=length, device=q.device, dtype=dtype,
-    )  # fmt: skip
     offset = length - queries
-    prepared = mask_mod and kernel.prepare(lambda b, h, i, j: mask_mod(b, h, i + offset, j), shape)
+    mask = mask_of(
+        mask_mod, queries, length, heads=NUM_HEADS if heads_differ else 1, groups=NUM_HEADS // num_kv, dtype=dtype,
+        batch=batch,
+    )  # fmt: skip
+    prepared = kernel.prepare(mask)
     b, h, i, j = torch.meshgrid(*(torch.arange(n) for n in (batch, NUM_HEADS, queries, length)), indexing="ij")
     mask = (mask_mod or (lambda b, h, q, k: k <= q))(b, h, i + offset, j)
     exact = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -133,11 +151,9 @@ def test_bf16_stays_near(kernel):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 4, 33, 8, generator=generator) for _ in range(3))
     low = [x.bfloat16() for x in (q, k, v)]
-    shape = MaskShape(
-        batch=1, num_heads=1, num_key_value_groups=1, q_length=33, kv_length=33, device=q.device, dtype=torch.bfloat16
-    )
     mask_mod = mask_mods(33)["window"]
-    out = KERNELS[kernel].attend(*low, KERNELS[kernel].prepare(mask_mod, shape), scaling=0.3, softcap=None)
+    prepared = KERNELS[kernel].prepare(mask_of(mask_mod, 33, 33, dtype=torch.bfloat16))
+    out = KERNELS[kernel].attend(*low, prepared, scaling=0.3, softcap=None)
     b, h, i, j = torch.meshgrid(*(torch.arange(n) for n in (1, 4, 33, 33)), indexing="ij")
     expected = naive(*(x.double() for x in low), mask_mod(b, h, i, j), 0.3, None)
     torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2)
@@ -146,19 +162,12 @@ def test_bf16_stays_near(kernel):
 def test_sdpa_reads_only_what_a_tile_sees(monkeypatch):
     """A window costs its width, and a group only its own keys, head by head."""
     monkeypatch.setattr(sdpa, "TILE", 8)
-    shape = MaskShape(
-        batch=1,
-        num_heads=4,
-        num_key_value_groups=2,
-        q_length=64,
-        kv_length=64,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
-    tiles = SDPAKernel().prepare(mask_mods(64)["window"], shape)
+    tiles = SDPAKernel().prepare(mask_of(mask_mods(64)["window"], 64, 64, heads=4, groups=2))
     assert len(tiles) == 8
     assert max(tile.kv.stop - tile.kv.start for tile in tiles) == 8 + 7 - 1
-    groups = SDPAKernel().prepare(mask_mods(64)["s2"], shape)  # groups of 16, shifted by 8 in the last two heads
+    groups = SDPAKernel().prepare(
+        mask_of(mask_mods(64)["s2"], 64, 64, heads=4, groups=2)
+    )  # groups of 16, shifted by 8 in the last two heads
     assert {(tile.q_heads.start, tile.q_heads.stop, tile.kv_heads.start) for tile in groups} == {
         (0, 2, 0),
         (2, 4, 1),
@@ -167,38 +176,110 @@ def test_sdpa_reads_only_what_a_tile_sees(monkeypatch):
     assert max(tile.kv.stop - tile.kv.start for tile in groups) == 16
 
 
+def demand(device="cpu", *, softcap=None, dtype=torch.bfloat16, head_dim=128):
+    return Demand(device_type=device, dtype=dtype, head_dim=head_dim, softcap=softcap)
+
+
 class TestChoose:
+    @pytest.fixture(autouse=True)
+    def _without_a_card(self, monkeypatch):
+        """What a plan for another machine sees, wherever the tests run."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    @pytest.mark.parametrize("installed", [True, False])
     @pytest.mark.parametrize(
-        ("softcap", "device", "expected"),
-        [(None, "cpu", "sdpa"), (50.0, "cpu", "reference"), (None, "cuda", "flex"), (50.0, "cuda", "flex")],
+        ("asked", "fastest", "without_flash_attn_4"),
+        [
+            (demand("cuda"), "flash", "cudnn"),
+            (demand("cuda", head_dim=96), "flash", "cudnn"),
+            (demand("cuda", head_dim=256), "flash", "flex"),
+            (demand("cuda", head_dim=80), "cudnn", "cudnn"),
+            (demand("cuda", softcap=50.0), "flex", "flex"),
+            (demand("cuda", dtype=torch.float32), "flex", "flex"),
+            (demand(), "sdpa", "sdpa"),
+            (demand(softcap=50.0), "reference", "reference"),
+        ],
     )
-    def test_auto(self, softcap, device, expected):
-        assert choose("auto", softcap=softcap, device_type=device)[0] == expected
+    def test_auto_takes_the_fastest_that_can(self, monkeypatch, installed, asked, fastest, without_flash_attn_4):
+        monkeypatch.setattr(flash, "find_spec", lambda name: installed or None)
+        assert choose("auto", asked)[0] == (fastest if installed else without_flash_attn_4)
 
     @pytest.mark.parametrize("name", ["sdpa", "reference"])
     def test_by_name(self, name):
-        chosen, kernel = choose(name, softcap=None, device_type="cpu")
+        chosen, kernel = choose(name, demand())
         assert chosen == name
         assert type(kernel) is type(KERNELS[name])
 
-    def test_refusals_name_the_kernel(self):
-        with pytest.raises(InputError, match="no kernel 'fast'; choose auto, flex, sdpa, reference"):
-            choose("fast", softcap=None, device_type="cpu")
-        with pytest.raises(InputError, match="kernel=flex needs a CUDA device"):
-            choose("flex", softcap=None, device_type="cpu")
-        with pytest.raises(InputError, match="kernel=sdpa can't cap attention scores"):
-            choose("sdpa", softcap=50.0, device_type="cpu")
+    @pytest.mark.parametrize(
+        ("name", "asked", "reason"),
+        [
+            ("fast", demand(), "no kernel 'fast'; choose auto, flash, cudnn, flex, sdpa, reference"),
+            ("flash", demand(), "kernel=flash needs a CUDA device"),
+            ("cudnn", demand(), "kernel=cudnn needs a CUDA device"),
+            ("flex", demand(), "kernel=flex needs a CUDA device"),
+            ("sdpa", demand(softcap=50.0), "kernel=sdpa can't cap attention scores"),
+            ("cudnn", demand("cuda", softcap=50.0), "kernel=cudnn can't cap attention scores"),
+            (
+                "cudnn",
+                demand("cuda", head_dim=256),
+                "head dimensions up to 128 that 8 divides, not torch.bfloat16 and 256",
+            ),
+            ("cudnn", demand("cuda", dtype=torch.float32), "kernel=cudnn needs bfloat16 or float16"),
+            ("flash", demand("cuda"), r"needs flash-attn-4: pip install 'lctrain\[flash-attn-4\]'"),
+        ],
+    )
+    def test_what_cannot_run_is_refused_with_the_reason(self, monkeypatch, name, asked, reason):
+        monkeypatch.setattr(flash, "find_spec", lambda name: None)
+        with pytest.raises(InputError, match=reason):
+            choose(name, asked)
+
+    @pytest.mark.parametrize(
+        ("asked", "reason"),
+        [
+            (demand("cuda", softcap=50.0), "can't cap attention scores"),
+            (demand("cuda", dtype=torch.float32), "needs bfloat16 or float16 .* not torch.float32"),
+            (demand("cuda", head_dim=80), "needs .* head dimensions of 64, 96, 128, 256, not torch.bfloat16 and 80"),
+        ],
+    )
+    def test_flash_refuses_what_it_cannot_compute(self, monkeypatch, asked, reason):
+        monkeypatch.setattr(flash, "find_spec", lambda name: True)
+        with pytest.raises(InputError, match=f"kernel=flash {reason}"):
+            choose("flash", asked)
+
+    def test_flash_refuses_other_cards(self, monkeypatch):
+        monkeypatch.setattr(flash, "find_spec", lambda name: True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+        with pytest.raises(InputError, match="kernel=flash runs on Hopper, not on NVIDIA A100"):
+            choose("flash", demand("cuda"))
 
 
-def test_flex_computes_few_queries_as_they_stand():
+@pytest.mark.parametrize("kernel", [FlashKernel(), CudnnKernel(), FlexKernel()])
+def test_few_queries_are_computed_as_they_stand(kernel):
     """Decoding compiles no kernel, so this path runs without a card too."""
-    shape = MaskShape(
-        batch=1, num_heads=1, num_key_value_groups=2, q_length=3, kv_length=9,
-        device=torch.device("cpu"), dtype=torch.float32,
-    )  # fmt: skip
     q, k, v = (torch.randn(1, heads, length, 16) for heads, length in ((4, 3), (2, 9), (2, 9)))
     outs = []
-    for kernel in (FlexKernel(), SDPAKernel()):
-        prepared = kernel.prepare(lambda b, h, q_idx, kv_idx: kv_idx <= q_idx + 6, shape)
-        outs.append(kernel.attend(q, k, v, prepared, scaling=0.25, softcap=None))
+    for each in (kernel, SDPAKernel()):
+        prepared = each.prepare(mask_of(lambda b, h, q, k: k <= q, 3, 9, groups=2))
+        outs.append(each.attend(q, k, v, prepared, scaling=0.25, softcap=None))
     torch.testing.assert_close(*outs)
+
+
+@pytest.mark.parametrize(
+    ("window", "documents", "expected"),
+    [
+        (8, None, (None, None)),
+        (5, None, (5, None)),
+        (8, [[0, 0, 0, 1, 1, 2, 2, 2]], (None, [0, 3, 5, 8])),
+        (5, [[0, 0, 0, 1, 1, 2, 2, 2], [4, 5, 5, 5, 5, 5, 5, 5]], (5, [0, 3, 5, 8, 9, 16])),  # rows end documents
+        (8, [[1] * 8, [1] * 8], (None, [0, 8, 16])),
+    ],
+)
+def test_flash_takes_windows_by_themselves(window, documents, expected):
+    mask = mask_of(None, 8, 8)
+    tables = None if documents is None else (torch.tensor(documents),) * 2
+    prepared = FlashKernel().prepare(replace(mask, window=window, documents=tables))
+    starts = prepared.cu_seqlens
+    assert (prepared.size, None if starts is None else starts.tolist()) == expected
+    assert starts is None or starts.dtype == torch.int32

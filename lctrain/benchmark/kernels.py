@@ -1,0 +1,240 @@
+"""How fast attention runs: forward and backward of every static pattern, on the pairs of tokens that it needs."""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function
+
+from lctrain.attention.base import Layout, MaskedAttention
+from lctrain.attention.full import FullAttention
+from lctrain.attention.shifted_sparse import ShiftedSparseAttention
+from lctrain.attention.sliding_window import SlidingWindowAttention
+from lctrain.attention.streaming import StreamingAttention
+from lctrain.errors import InputError
+from lctrain.kernels.base import Demand, Kernel
+from lctrain.kernels.block_mask import BLOCK, block_mask
+from lctrain.kernels.choose import choose
+from lctrain.kernels.mask import Mask
+
+log = logging.getLogger(__name__)
+
+GOAL = 0.85  # of the rate of causal attention over a whole row of the same length
+DOCUMENTS = (0.4, 0.3, 0.2, 0.1)  # of a packed row, each made odd: no block divides them
+PATTERNS: dict[str, MaskedAttention] = {
+    "full": FullAttention(),
+    "sliding_window": SlidingWindowAttention(sliding_window=4096),
+    "streaming": StreamingAttention(num_sink_tokens=64, recent_size=4096),
+    "shifted_sparse": ShiftedSparseAttention(group_size_ratio=0.25),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """The shape of a layer's attention."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One pattern at one length: medians in seconds, rates on the pairs that the pattern needs."""
+
+    pattern: str
+    packed: bool
+    length: int
+    pairs_per_head: float
+    mask_seconds: float
+    mask_bytes: int
+    forward_seconds: float
+    seconds: float  # forward and backward
+    tflops_per_second: float
+    of_full: float | None = None  # the rate over that of "full", not packed, of this length
+
+
+def kernels(cfg: DictConfig) -> list[Result]:
+    """Every pattern, alone and packed, at `kernels.lengths`; a case that fails is told and left out.
+
+    Writes kernels.json into run_dir. Raises InputError without a CUDA device.
+    """
+    target = Path(cfg.run_dir) / "kernels.json"
+    if target.exists():
+        raise InputError(f"{target} exists; choose another run_dir")
+    if not torch.cuda.is_available():
+        raise InputError("benchmark kernels needs a CUDA device")
+    heads = Heads(**{name: cfg.kernels[name] for name in Heads.__dataclass_fields__})
+    demand = Demand(device_type="cuda", dtype=torch.bfloat16, head_dim=heads.head_dim, softcap=None)
+    name, kernel = choose(cfg.kernel, demand)
+    failures: dict[str, str] = {}
+    results = []
+    for length in cfg.kernels.lengths:
+        rows = []
+        for pattern, packed in [(p, packed) for packed in (False, True) for p in cfg.kernels.patterns]:
+            try:
+                rows.append(_case(kernel, pattern, packed, length, heads, cfg.num_repeats))
+            except Exception as error:  # another case may well run
+                failures[f"{pattern} packed={packed} {length}"] = f"{type(error).__name__}: {error}"[:500]
+                log.exception("%s at %d tokens failed", pattern, length)
+            torch.cuda.empty_cache()
+        results += _against_full(rows)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    machine = {"torch": torch.__version__, "card": torch.cuda.get_device_name()}
+    found = {"kernel": name, **asdict(heads), **machine, "results": [*map(asdict, results)], "failures": failures}
+    target.write_text(json.dumps(found, indent=2) + "\n")
+    _print(name, results, target)
+    return results
+
+
+def row_mask(method: MaskedAttention, length: int, heads: Heads, documents: list[int], device: str) -> Mask:
+    """The mask of one row of `documents` of these lengths, as a model with `method` would ask for it."""
+    layout = Layout(
+        length=length,
+        num_attention_heads=heads.num_attention_heads,
+        num_key_value_heads=heads.num_key_value_heads,
+        layer_idx=0,
+    )
+    sizes = torch.tensor(documents, device=device)
+    numbers = torch.arange(len(documents), device=device).repeat_interleave(sizes)
+    positions = (torch.arange(length, device=device) - (sizes.cumsum(0) - sizes)[numbers])[None].int()
+    packed = len(documents) > 1
+    return Mask(
+        q_length=length,
+        kv_length=length,
+        num_heads=heads.num_attention_heads if method.heads_differ(layout) else 1,
+        num_key_value_groups=heads.num_attention_heads // heads.num_key_value_heads,
+        head_dim=heads.head_dim,
+        device=torch.device(device),
+        dtype=torch.bfloat16,
+        allowed=causal_mask_function,
+        visible=method.visible(layout),
+        positions=(positions, positions) if packed else None,
+        documents=(numbers[None].int(), numbers[None].int()) if packed else None,
+        window=method.window(layout),
+    )
+
+
+def count_pairs(mask: Mask) -> float:
+    """Pairs of tokens that attend, of a row and query head on average: all of full blocks, of others one by one."""
+    blocks = block_mask(mask)
+    size, mask_mod = blocks.BLOCK_SIZE[0], mask.mask_mod()
+    assert blocks.full_kv_num_blocks is not None
+    total = int(blocks.full_kv_num_blocks.sum()) * size * BLOCK
+    used = torch.arange(blocks.kv_indices.shape[-1], device=mask.device) < blocks.kv_num_blocks[..., None]
+    b, h, q, slot = used.nonzero().unbind(1)
+    kv = blocks.kv_indices[b, h, q, slot]
+    for part in torch.arange(len(b), device=mask.device).split(2**28 // (size * BLOCK)):
+        q_idx = q[part, None, None] * size + torch.arange(size, device=mask.device)[:, None]
+        kv_idx = kv[part, None, None] * BLOCK + torch.arange(BLOCK, device=mask.device)
+        inside = (q_idx < mask.q_length) & (kv_idx < mask.kv_length)
+        q_idx, kv_idx = q_idx.clamp(max=mask.q_length - 1), kv_idx.clamp(max=mask.kv_length - 1)
+        total += int((mask_mod(b[part, None, None], h[part, None, None], q_idx, kv_idx) & inside).sum())
+    return total / (mask.batch * mask.num_heads)
+
+
+def packed_documents(length: int) -> list[int]:
+    """Lengths of the documents of a packed row."""
+    sizes = [int(share * length) // 2 * 2 - 1 for share in DOCUMENTS[:-1]]
+    return [*sizes, length - sum(sizes)]
+
+
+def _case(kernel: Kernel, pattern: str, packed: bool, length: int, heads: Heads, num_repeats: int) -> Result:
+    documents = packed_documents(length) if packed else [length]
+    mask = row_mask(PATTERNS[pattern], length, heads, documents, "cuda")
+    pairs = count_pairs(mask)
+    torch.cuda.empty_cache()
+    kernel.prepare(mask)  # the first loads kernels
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    prepared = kernel.prepare(mask)
+    torch.cuda.synchronize()
+    mask_seconds = time.perf_counter() - start
+    mask_bytes = torch.cuda.max_memory_allocated() - before
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    counts = (heads.num_attention_heads, heads.num_key_value_heads, heads.num_key_value_heads)
+    q, k, v = (_random(length, count, heads.head_dim, generator).requires_grad_() for count in counts)
+    upstream = _random(length, heads.num_attention_heads, heads.head_dim, generator)
+
+    def forward() -> Tensor:
+        return kernel.attend(q, k, v, prepared, scaling=heads.head_dim**-0.5, softcap=None)
+
+    def forward_and_backward() -> None:
+        q.grad = k.grad = v.grad = None
+        forward().backward(upstream)
+
+    seconds = _median_seconds(forward_and_backward, num_repeats)
+    with torch.no_grad():
+        forward_seconds = _median_seconds(forward, num_repeats)
+    # Two products of 2·D operations a pair forward, five backward: 4·D·pairs·H, and 2.5 times that.
+    flops = 3.5 * 4 * heads.head_dim * pairs * heads.num_attention_heads
+    result = Result(
+        pattern=pattern,
+        packed=packed,
+        length=length,
+        pairs_per_head=pairs,
+        mask_seconds=mask_seconds,
+        mask_bytes=mask_bytes,
+        forward_seconds=forward_seconds,
+        seconds=seconds,
+        tflops_per_second=flops / seconds / 1e12,
+    )
+    log.info("%s", result)
+    return result
+
+
+def _random(length: int, num_heads: int, head_dim: int, generator: torch.Generator) -> Tensor:
+    """[1, H, L, D] in the layout that a model's projections leave."""
+    shape = (1, length, num_heads, head_dim)
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator).transpose(1, 2)
+
+
+def _median_seconds(run: Callable[[], Any], num_repeats: int) -> float:
+    """Of `num_repeats` runs after one that compiles; of fewer where a run takes long."""
+    run()
+    times: list[float] = []
+    while len(times) < num_repeats and sum(times) < 2:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1000)
+    return median(times)
+
+
+def _against_full(rows: list[Result]) -> list[Result]:
+    full = [row.tflops_per_second for row in rows if row.pattern == "full" and not row.packed]
+    rate = full[0] if full else None
+    return [Result(**{**asdict(row), "of_full": rate and row.tflops_per_second / rate}) for row in rows]
+
+
+def _print(name: str, results: list[Result], target: Path) -> None:
+    table = Table("tokens", "pattern", "forward ms", "with backward ms", "TF/s", "of full", "mask ms", "mask MiB")
+    for row in results:
+        table.add_row(
+            f"{row.length:,}",
+            row.pattern + (", packed" if row.packed else ""),
+            f"{1000 * row.forward_seconds:,.2f}",
+            f"{1000 * row.seconds:,.2f}",
+            f"{row.tflops_per_second:,.0f}",
+            "" if row.of_full is None else f"{row.of_full:.0%}",
+            f"{1000 * row.mask_seconds:,.1f}",
+            f"{row.mask_bytes / 2**20:,.1f}",
+        )
+    Console(width=120).print(table)
+    below = sum(row.of_full is not None and row.of_full < GOAL for row in results)
+    print(f"kernel={name}: {len(results) - below} of {len(results)} at or above {GOAL:.0%} of full; {target}")

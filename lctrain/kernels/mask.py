@@ -1,0 +1,113 @@
+"""A mask as kernels get it: a function of indices, evaluated pair by pair or bounded block by block.
+
+Shape legend: B batch, H query heads, L queries, S keys, R rows of a table: B, or 1 where all rows are alike.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lctrain.kernels.interval import Blocks, Interval
+
+MaskMod = Callable[[Any, Any, Any, Any], Any]
+"""(batch, query head, query index, key index) -> may attend; of tensors that broadcast, or of intervals."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask:
+    """Who attends to whom in one forward: what `allowed` and `visible` both say, inside a document."""
+
+    q_length: int
+    kv_length: int
+    num_heads: int  # 1 where all heads are alike
+    num_key_value_groups: int  # query heads that share a key-value head
+    head_dim: int
+    device: torch.device
+    dtype: torch.dtype
+    allowed: MaskMod  # what the architecture allows (causality, its own window), by index in the row
+    visible: MaskMod  # the method's pattern, by position in the document
+    q_offset: int = 0  # index in the row of the first query
+    kv_offset: int = 0
+    positions: tuple[Tensor, Tensor] | None = None  # of queries [R, L] and keys [R, S]; None: the index in the row
+    documents: tuple[Tensor, Tensor] | None = None  # their numbers, likewise; None: a row is one document
+    window: int | None = None  # where all of it is just causal in each document, this many tokens back with itself
+
+    @property
+    def batch(self) -> int:
+        tables = self.positions or self.documents
+        return 1 if tables is None else tables[0].shape[0]
+
+    @property
+    def causal(self) -> bool:
+        """Whether it is plain causal attention over rows of one document."""
+        return self.window is not None and self.window >= self.kv_length and self.documents is None
+
+    def mask_mod(self) -> MaskMod:
+        """The function of indices in this forward."""
+        q_offset, kv_offset, allowed, visible = self.q_offset, self.kv_offset, self.allowed, self.visible
+        positions, documents = (tables and [*map(_reader, tables)] for tables in (self.positions, self.documents))
+
+        def attends(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+            q, kv = q_idx + q_offset, kv_idx + kv_offset
+            mask = allowed(b, h, q, kv)
+            if positions is not None:
+                q, kv = positions[0](b, q_idx), positions[1](b, kv_idx)
+            mask = mask & visible(b, h, q, kv)
+            if documents is not None:
+                mask = mask & (documents[0](b, q_idx) == documents[1](b, kv_idx))
+            return mask
+
+        return attends
+
+    def evaluate(self, q: slice, kv: slice) -> Tensor:
+        """The boolean mask [B, H, L, S] of one rectangle."""
+        b, h = (torch.arange(n, device=self.device) for n in (self.batch, self.num_heads))
+        q_idx, kv_idx = (torch.arange(s.start, s.stop, device=self.device) for s in (q, kv))
+        mask: Tensor = self.mask_mod()(b[:, None, None, None], h[:, None, None], q_idx[:, None], kv_idx)
+        return mask.expand(self.batch, self.num_heads, q_idx.numel(), kv_idx.numel())
+
+    def bound(self, q: Blocks, kv: Blocks) -> tuple[Tensor, Tensor]:
+        """Whether queries of a block surely attend to all keys of a block, and possibly to any: [B, H, L, S] of blocks.
+
+        A block that its index range does not fill is never surely visible. Raises TypeError, AttributeError or
+        IndexError where the mask is made of more than arithmetic.
+        """
+        mask = self._interval(q, kv)
+        shape = (self.batch, self.num_heads, len(q.numbers), len(kv.numbers))
+        surely = torch.as_tensor(mask.lo) & q.whole() & kv.whole()
+        return surely.expand(shape), torch.as_tensor(mask.hi).expand(shape)
+
+    def bound_parts(self, q: Blocks, kv: Blocks) -> Tensor:
+        """`possibly` once more, where documents meet: positions of one block are far apart there, so that `bound` tells
+        little. Here each document at either end of a block is taken by itself.
+        """
+        assert self.documents is not None
+        mask = self._interval(q.parts(self.documents[0]), kv.parts(self.documents[1]))
+        return torch.as_tensor(mask.hi).any(0).any(0)
+
+    def _interval(self, q: Blocks, kv: Blocks) -> Interval:
+        b, h = (torch.arange(n, dtype=torch.int32, device=self.device) for n in (self.batch, self.num_heads))
+        return Interval.of(self.mask_mod()(b[:, None, None, None], h[:, None, None], q, kv))
+
+    def padded(self, multiple: int) -> "Mask":
+        """The same with tables that may be read past their end, up to a multiple of so many entries."""
+
+        def pad(tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+            return tables and (*(F.pad(table, (0, -table.shape[1] % multiple)) for table in tables),)  # type: ignore[return-value]
+
+        return replace(self, positions=pad(self.positions), documents=pad(self.documents))
+
+
+def _reader(table_RS: Tensor) -> Callable[[Any, Any], Any]:
+    row_S = table_RS[0] if table_RS.shape[0] == 1 else None
+
+    def read(b: Any, idx: Any) -> Any:
+        if isinstance(idx, Blocks):
+            return idx.look_up(table_RS)
+        return table_RS[b, idx] if row_S is None else row_S[idx]
+
+    return read
