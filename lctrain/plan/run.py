@@ -20,9 +20,11 @@ from lctrain.kernels.choose import choose
 from lctrain.memory.savings import NOTHING, AutoSavings, Savings
 from lctrain.model.install import demand
 from lctrain.model.recipe import ModelRecipe
+from lctrain.parallel.mesh import Mesh
 from lctrain.plan.flops import training_flops
 from lctrain.plan.memory import Memory, Step, step_memory
 from lctrain.plan.savings import choose_savings
+from lctrain.plan.sharding import Sharding
 from lctrain.plan.stand_ins import LAYER_KERNELS
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,14 @@ WHAT = {
 }
 
 
+HELD = {  # by a device, at each of ZeRO's stages
+    0: "all of the model",
+    1: "a share of the optimizer",
+    2: "a share of the optimizer and the gradients",
+    3: "a share of everything",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One row length of the curriculum; FLOPs forward and backward, recomputation not counted."""
@@ -59,7 +69,8 @@ class Plan:
     parameters: int
     trainable: int
     tokens_per_step: int
-    num_devices: int
+    mesh: Mesh
+    sharding: Sharding
     kernel: str
     savings: Savings | AutoSavings
     stages: list[Stage]
@@ -88,10 +99,11 @@ def plan(cfg: DictConfig) -> Plan:
     _check_positive(accumulate=cfg.trainer.accumulate_grad_batches, micro_batch_size=cfg.datamodule.micro_batch_size)
     recipe: ModelRecipe = instantiate(cfg.model, _convert_="all")
     curriculum = instantiate(cfg.curriculum, _convert_="all")
-    recipe.check_attention(curriculum.lengths())
+    recipe.check_attention(curriculum.lengths(), cfg.sequence_parallel_size)
     world, accumulate = cfg.num_devices * cfg.trainer.num_nodes, cfg.trainer.accumulate_grad_batches
+    mesh = Mesh(rank=0, world_size=world, sequence_parallel_size=cfg.sequence_parallel_size)
     micro_batch_tokens = cfg.datamodule.micro_batch_size * cfg.sequence_length
-    tokens_per_step = micro_batch_tokens * accumulate * world
+    tokens_per_step = micro_batch_tokens * accumulate * mesh.data_parallel_size
     model = _skeleton(recipe)
     parameters = list(model.parameters())
     steps = Counter(curriculum.length_at(step, tokens_per_step) for step in range(cfg.trainer.max_steps))
@@ -106,7 +118,8 @@ def plan(cfg: DictConfig) -> Plan:
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         tokens_per_step=tokens_per_step,
-        num_devices=world,
+        mesh=mesh,
+        sharding=Sharding.of(cfg, world),
         kernel=step.kernel,
         savings=recipe.memory,
         stages=stages,
@@ -114,18 +127,21 @@ def plan(cfg: DictConfig) -> Plan:
     )
 
 
-def resolve(cfg: DictConfig, recipe: ModelRecipe, lengths: Sequence[int], device: torch.device) -> ModelRecipe:
-    """The recipe with savings that fit on `device` instead of memory=auto; any other as it is."""
+def resolve(
+    cfg: DictConfig, recipe: ModelRecipe, lengths: Sequence[int], device: torch.device, num_devices: int
+) -> ModelRecipe:
+    """The recipe with savings that fit on `device`, one of so many, instead of memory=auto; any other as it is."""
     if not isinstance(recipe.memory, AutoSavings):
         return recipe
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
-    resolved, memory = _memory_of(cfg, recipe, _step(cfg, recipe, lengths[-1]), device=free * SPARE, host=host * SPARE)
+    step = _step(cfg, recipe, lengths[-1], num_devices)
+    resolved, memory = _memory_of(cfg, recipe, step, device=free * SPARE, host=host * SPARE)
     log.info("memory=auto: %s; %.1f GiB planned", resolved.memory, memory.peak / GIB)
     return resolved
 
 
-def _step(cfg: DictConfig, recipe: ModelRecipe, length: int, num_devices: int = 1) -> Step:
+def _step(cfg: DictConfig, recipe: ModelRecipe, length: int, num_devices: int) -> Step:
     """What a micro-batch of rows of `length` is."""
     device_type = _device_type(cfg)
     return Step(
@@ -134,6 +150,7 @@ def _step(cfg: DictConfig, recipe: ModelRecipe, length: int, num_devices: int = 
         kernel=_kernel(recipe, device_type),
         autocast=cfg.trainer.precision == "bf16-mixed" or recipe.autocasts(),
         num_devices=num_devices,
+        sequence_parallel_size=cfg.sequence_parallel_size,
         fused_loss=cfg.objective.loss != "tiled" and device_type == "cuda",
     )
 
@@ -148,9 +165,10 @@ def _memory_of(
     def simulate(savings: Savings) -> Memory:
         saving = replace(recipe, memory=savings)
         hasten = partial(saving.hasten, kernels=kernels)
-        return step_memory(
-            _skeleton(recipe), recipe.attention, step, make_optimizer, lambda m, host: hasten(m, host=host)
-        )
+        skeleton = _skeleton(recipe)
+        num_parameters = sum(p.numel() for p in skeleton.parameters())
+        memory = step_memory(skeleton, recipe.attention, step, make_optimizer, lambda m, host: hasten(m, host=host))
+        return Sharding.of(cfg, step.num_devices).apply(memory, num_parameters)
 
     given = recipe.memory
     if isinstance(given, Savings):
@@ -159,7 +177,7 @@ def _memory_of(
     host = given.host_memory * GIB if given.host_memory else host
     chosen, memory = choose_savings(
         recipe.config().get_text_config().num_hidden_layers,
-        step.length,
+        step.length // step.sequence_parallel_size,
         simulate,
         device=device,
         host=host if _device_type(cfg) == "cuda" else 0,
@@ -216,6 +234,8 @@ def _remedies(planned: Plan, cfg: DictConfig) -> Iterator[str]:
         yield "kernel=flex"
     if large & {"gradients", "optimizer"} and planned.trainable == planned.parameters:
         yield "tuning=longlora"
+    if large & {"weights", "optimizer"} and planned.mesh.world_size > 1 and planned.sharding.stage < 3:
+        yield "strategy=zero3"
     if "weights" in large and memory.weights > 3 * planned.parameters:
         yield "model.dtype=bfloat16"
 
@@ -224,13 +244,19 @@ def _sizes(planned: Plan) -> Table:
     table = Table("run", "")
     table.add_row("parameters", f"{planned.parameters:,}")
     table.add_row("trainable", f"{planned.trainable:,} ({planned.trainable / planned.parameters:.2%})")
-    table.add_row("devices", f"{planned.num_devices:,}, each with all of the model")
+    table.add_row("devices", _devices(planned))
     table.add_row("tokens per optimizer step", f"{planned.tokens_per_step:,}")
     table.add_row("memory", str(planned.savings))
     table.add_row(
         "tokens of the run", f"{planned.num_steps * planned.tokens_per_step:,} in {planned.num_steps:,} steps"
     )
     return table
+
+
+def _devices(planned: Plan) -> str:
+    shared = planned.mesh.sequence_parallel_size
+    rows = f", {shared} to a row" if shared > 1 else ""
+    return f"{planned.mesh.world_size:,}{rows}, each with {HELD[planned.sharding.stage]}"
 
 
 def _compute(planned: Plan) -> Table:

@@ -71,7 +71,7 @@ def train(cfg: DictConfig) -> Trained:
     device = trainer.strategy.root_device
     _check_positions(module.recipe)
     _check_strategy(cfg, trainer)
-    module.recipe = resolve(cfg, module.recipe, datamodule.curriculum.lengths(), device)
+    module.recipe = resolve(cfg, module.recipe, datamodule.curriculum.lengths(), device, trainer.world_size)
     module.recipe.check(datamodule.curriculum.lengths(), device.type, cfg.sequence_parallel_size)
     if not any(p.requires_grad for p in module.recipe.skeleton(module.recipe.config()).parameters()):
         raise InputError(f"{module.recipe.tuning} leaves nothing to train; choose another tuning")
