@@ -25,7 +25,7 @@ from lctrain.model.recipe import ModelRecipe
 from lctrain.plan.run import resolve
 from lctrain.rope.none import NoScaling
 from lctrain.training.metrics import Metrics, write_aside
-from lctrain.training.strategy import ShardedCheckpoints
+from lctrain.training.strategy import ShardedCheckpoints, ZeRO
 from lctrain.training.watchdog import Watchdog
 
 # What may change between a run and its continuation without changing what step N computes: beginnings of keys.
@@ -128,6 +128,8 @@ def _check_tokens_per_step(checkpoint: Path | None, datamodule: LongContextData)
 def _check_strategy(cfg: DictConfig, trainer: Trainer) -> None:
     if cfg.precision == "fp8" and cast(ShardedCheckpoints, trainer.strategy).zero3 is not None:
         raise InputError("precision=fp8 holds whole matrices and stage 3 shards them; use strategy=zero2")
+    if isinstance(trainer.strategy, ZeRO) and "bf16" in str(cfg.trainer.precision):
+        raise InputError("ZeRO trains in model.dtype: use model.dtype=bfloat16 instead of trainer.precision=bf16-mixed")
     if cfg.trainer.num_nodes > 1 and trainer.world_size == 1:
         raise InputError(f"strategy=single is for one process, trainer.num_nodes={cfg.trainer.num_nodes}; use ddp")
 
