@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,9 +32,12 @@ class Beat:
     num_beats: int  # grows with every part of a step: who waits is ahead of whom it waits for
     step: int
     doing: str
+    at: str  # the line of Python that runs
+    exchanges: bool  # it waits for others there
 
     def __str__(self) -> str:
-        return f"rank {self.rank} ({self.host}, process {self.pid}), last seen in {self.doing} after step {self.step}"
+        who = f"rank {self.rank} ({self.host}, process {self.pid})"
+        return f"{who}, last seen in {self.doing} after step {self.step} at {self.at}"
 
 
 class Watchdog(Callback):
@@ -98,6 +102,7 @@ class Watchdog(Callback):
 
     def _write(self) -> None:
         self._num_writes += 1
+        frames = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
         beat = Beat(
             rank=self._rank,
             host=socket.gethostname(),
@@ -106,6 +111,8 @@ class Watchdog(Callback):
             num_beats=self._num_beats,
             step=self._step,
             doing=self._doing,
+            at=f"{Path(frames[-1].filename).name}:{frames[-1].lineno}",
+            exchanges=any("/torch/distributed/" in frame.filename for frame in frames),
         )
         aside = self._file(self._rank).with_suffix(".partial")
         aside.write_text(json.dumps(asdict(beat)))
@@ -129,7 +136,7 @@ class Watchdog(Callback):
     def _end(self) -> NoReturn:
         gone, beats = self._gone(), [beat for beat, _ in self._seen.values()]
         if self._rank == min((beat.rank for beat in beats if beat not in gone), default=self._rank):
-            last = min(beats, key=lambda beat: beat.num_beats)
+            last = min(beats, key=lambda beat: (beat.num_beats, beat.exchanges))
             who = f"{gone[0]}, is gone" if gone else f"{last}, keeps the others waiting"
             print(f"error: nothing moved for {self.timeout / 60:g} minutes: {who}", file=sys.stderr, flush=True)
         time.sleep(self.pause)  # until the others have come to the same end

@@ -18,6 +18,7 @@ class Hurt(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if (trainer.global_rank, trainer.global_step) == (self.rank, self.step):
+            time.sleep(2)  # as long as a step of a real run takes: the watchdog has looked by then
             os.kill(os.getpid(), self.number)
 
 
@@ -46,5 +47,7 @@ class Loading(Callback):
         kept = sum(p.ds_tensor.numel() * p.element_size() for p in parameters)
         assert whole > 50_000  # bytes, or nothing below means anything
         assert kept < 0.3 * whole, (kept, whole)
-        assert self.storages.peak < 0.7 * whole, (self.storages.peak, whole)
+        # The first rank reads the file into the host's memory and gives out a layer at a time.
+        file = whole if trainer.is_global_zero else 0
+        assert self.storages.peak < file + 0.7 * whole, (self.storages.peak, whole)
         print(f"loaded: {self.storages.peak / whole:.2f} of the model at most, {kept / whole:.2f} kept", flush=True)
