@@ -2,28 +2,36 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
+from lctrain.checkpoint import read_state
 from lctrain.config import dump, public
-from lctrain.errors import InputError
+from lctrain.data.datamodule import LongContextData
+from lctrain.errors import InputError, RunError
 from lctrain.evaluation.run import check as check_evaluation
 from lctrain.folder import RunFolder
 from lctrain.model.recipe import ModelRecipe
 from lctrain.rope.none import NoScaling
 from lctrain.training.metrics import Metrics, read_history
+from lctrain.training.watchdog import Watchdog
 
 # What may change between a run and its continuation without changing what step N computes: beginnings of keys.
 FREE_TO_CHANGE = (
     *("run_dir", "resume", "logger", "callbacks.", "evaluation.", "evaluation_attention.", "hydra."),
     *("datamodule.cache_dir", "trainer.max_steps", "trainer.val_check_interval", "trainer.enable_"),
+    # How a step is divided, as long as it is the same step: `_check_tokens_per_step`.
+    *("strategy.", "trainer.strategy.", "trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches"),
+    *("sequence_parallel_size", "datamodule.sequence_parallel_size", "datamodule.micro_batch_size", "slurm."),
 )
 
 
@@ -58,11 +66,12 @@ def train(cfg: DictConfig) -> Trained:
     trainer = _trainer(cfg)
     device = trainer.strategy.root_device
     _check_positions(module.recipe)
-    module.recipe.check(datamodule.curriculum.lengths(), device.type)
+    module.recipe.check(datamodule.curriculum.lengths(), device.type, cfg.sequence_parallel_size)
     if not any(p.requires_grad for p in module.recipe.skeleton(module.recipe.config()).parameters()):
         raise InputError(f"{module.recipe.tuning} leaves nothing to train; choose another tuning")
     module.check(device)
     datamodule.trainer = trainer
+    _check_tokens_per_step(folder.resume_from(cfg.resume), datamodule)
     datamodule.prepare_data()
     datamodule.setup("fit")
     if cfg.evaluation:  # refused now, not after the last step
@@ -74,7 +83,7 @@ def train(cfg: DictConfig) -> Trained:
         folder.config.write_text(dump(cfg))
     trainer.loggers = _loggers(cfg)
     lightning.seed_everything(cfg.seed, verbose=False)  # here: what was checked before may have drawn numbers
-    trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+    _fit(trainer, module, datamodule, checkpoint)
     if module.validated_step != trainer.global_step:
         trainer.validate(module, datamodule, verbose=False)  # perplexity by position of what was trained
     metrics = next(callback for callback in trainer.callbacks if isinstance(callback, Metrics))  # type: ignore[attr-defined]
@@ -85,6 +94,29 @@ def train(cfg: DictConfig) -> Trained:
         loggers=trainer.loggers,
         is_global_zero=trainer.is_global_zero,
     )
+
+
+def _fit(trainer: Trainer, module: LightningModule, datamodule: LongContextData, checkpoint: Path | None) -> None:
+    """`trainer.fit`; where an exchange failed because a rank is gone, RunError says which."""
+    try:
+        trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+    except RuntimeError as error:
+        watchdogs = [callback for callback in trainer.callbacks if isinstance(callback, Watchdog)]  # type: ignore[attr-defined]
+        exchanged = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if exchanged and watchdogs and (lost := watchdogs[0].lost()):
+            raise RunError(lost) from error
+        raise
+
+
+def _check_tokens_per_step(checkpoint: Path | None, datamodule: LongContextData) -> None:
+    """However a step is divided over ranks and accumulation, a continued run must take the same steps."""
+    now = datamodule.tokens_per_step
+    before = read_state(checkpoint)[type(datamodule).__qualname__]["tokens_per_step"] if checkpoint else now
+    if before != now:
+        raise InputError(
+            f"{checkpoint} was written by steps of {before:,} tokens, these would be of {now:,}: keep the product of "
+            "datamodule.micro_batch_size, trainer.accumulate_grad_batches and the devices that read different rows"
+        )
 
 
 def _check_positions(recipe: ModelRecipe) -> None:
