@@ -2,13 +2,18 @@
 
   overhead   tokens/s of `lctrain train` against a plain PyTorch loop on the same model, batch and attention
   kernels    every attention pattern against full causal attention, by the pairs of tokens it needs (CUDA)
+  step       whole training steps by length, attention and tuning, with random weights, beside peer=trl or assembly
+  length     peak memory by length with each saving alone, up to the first that does not fit
+  trace      a profile of one step: the device's busy share, the longest kernels, waits and compilations
 
-Prints a table and writes overhead.json or kernels.json into run_dir. Takes every group and option of `lctrain train`.
+Prints a table and writes overhead.json, kernels.json … into run_dir. Takes every group and option of `lctrain train`.
 
 examples:
   lctrain benchmark overhead
   lctrain benchmark overhead run_dir=runs/overhead num_steps=50 num_repeats=5 sequence_length=2048
   lctrain benchmark overhead model.path=<folder or hub id>
+  lctrain benchmark step model=llama3_8b model.dtype=bfloat16 memory=auto trainer.accelerator=auto num_steps=3 peer=trl
+  lctrain benchmark length model=llama3_8b model.dtype=bfloat16 trainer.accelerator=auto attentions=[full]
   lctrain benchmark kernels kernels.lengths=[16384,131072] kernel=flash
 """
 

@@ -1,6 +1,7 @@
 """From a checkpoint to a plain Hugging Face folder."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -12,8 +13,10 @@ from peft import PeftModel
 from lctrain.checkpoint import check_names, read_values
 from lctrain.errors import InputError
 from lctrain.folder import RunFolder, is_whole, whole_checkpoints
+from lctrain.memory.savings import NOTHING
 
 RECIPE = "lctrain.yaml"  # the resolved config of the run, in every exported folder
+PLAIN = {"kernel": "auto", "layer_kernel": "plain", "precision": None, "memory": NOTHING}  # nothing runs here
 
 
 def main(cfg: DictConfig) -> None:
@@ -37,7 +40,7 @@ def export(run_dir: str, checkpoint: str, output: str, dtype: str = "auto") -> P
         raise InputError(f"dtype={dtype} is not a torch dtype; use auto, float32 or bfloat16")
     path = _checkpoint(folder, checkpoint)
     cfg = cast(DictConfig, OmegaConf.load(folder.config))
-    recipe = instantiate(cfg.model, kernel="auto", _convert_="all")  # nothing runs here
+    recipe = replace(instantiate(cfg.model, _convert_="all"), **PLAIN)
     model = recipe.build()
     found = {name.removeprefix("model."): value for name, value in read_values(path).items()}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -58,10 +58,12 @@ def _hints(target: str) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(value, dict) and "_target_" in value:  # what it builds is checked where it is built
+        return True
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):  # of float and Tensor only the float can stand in a config
         return any(_fits(value, each) for each in filter(_is_plain, arguments) or arguments)
-    if not _is_plain(hint) or (isinstance(value, dict) and "_target_" in value):
+    if not _is_plain(hint):
         return True
     if origin is Literal:
         return value in arguments

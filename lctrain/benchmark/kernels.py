@@ -89,10 +89,7 @@ def kernels(cfg: DictConfig) -> list[Result]:
                 log.exception("%s at %d tokens failed", pattern, length)
             torch.cuda.empty_cache()
         results += _against_full(rows)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    machine = {"torch": torch.__version__, "card": torch.cuda.get_device_name()}
-    found = {"kernel": name, **asdict(heads), **machine, "results": [*map(asdict, results)], "failures": failures}
-    target.write_text(json.dumps(found, indent=2) + "\n")
+        _write(target, {"kernel": name, **asdict(heads), "results": [*map(asdict, results)], "failures": failures})
     _print(name, results, target)
     return results
 
@@ -214,6 +211,13 @@ def _median_seconds(run: Callable[[], Any], num_repeats: int) -> float:
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end) / 1000)
     return median(times)
+
+
+def _write(target: Path, found: dict[str, object]) -> None:
+    """After every length: the next one may take minutes."""
+    machine = {"torch": torch.__version__, "card": torch.cuda.get_device_name()}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(machine | found, indent=2) + "\n")
 
 
 def _against_full(rows: list[Result]) -> list[Result]:

@@ -19,6 +19,7 @@ from lctrain.errors import InputError
 from lctrain.evaluation.base import Result, Task, Tokens
 from lctrain.evaluation.report import log_media, table, write_report
 from lctrain.folder import RunFolder
+from lctrain.memory.savings import NOTHING
 from lctrain.model.recipe import ModelRecipe, PretrainedModel
 from lctrain.model.tuning import Frozen
 from lctrain.rope.none import NoScaling
@@ -102,12 +103,14 @@ def _plain(cfg: DictConfig, path: str) -> PretrainedModel:
         use_safetensors=cfg.model.get("use_safetensors", True),
         trust_remote_code=cfg.model.get("trust_remote_code", False),
         dtype=cfg.model.dtype,
-        gradient_checkpointing=False,
+        memory=NOTHING,
         attention=instantiate(cfg.evaluation_attention, _convert_="all"),
         rope=NoScaling(),
         tuning=Frozen(),
         sequence_length=cfg.sequence_length,
         kernel=cfg.kernel,
+        layer_kernel=cfg.layer_kernel,
+        precision=None,
     )
 
 

@@ -6,6 +6,7 @@ Shape legend: B batch, H query heads, K key-value heads, L queries, S keys, D he
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from lctrain.errors import InputError
 from lctrain.kernels.base import Demand, Kernel
 from lctrain.kernels.choose import choose
 from lctrain.kernels.mask import Mask
+from lctrain.memory.recall import attend_once
 from lctrain.parallel.ulysses import Ulysses
 
 Sides = tuple[Tensor, Tensor]  # a table of queries [B or 1, L] and of keys [B or 1, S]
@@ -120,7 +122,8 @@ class _Installed:
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             prepared = self._prepared(mask, module, q, k, position_ids)
-            return self.kernel.attend(q, k, v, prepared, scaling=scaling, softcap=softcap)
+            run = partial(self.kernel.attend, prepared=prepared, scaling=scaling, softcap=softcap)
+            return attend_once(run, q, k, v)
 
         if self.ulysses is None:
             return attention(q_BHLD, k_BKSD, v_BKSD).transpose(1, 2), None
@@ -139,7 +142,7 @@ class _Installed:
         layout = Layout(
             length=mask.kv_length,
             num_attention_heads=q.shape[1] * num_ranks,
-            num_key_value_heads=q.shape[1] * num_ranks // int(module.num_key_value_groups),  # type: ignore[arg-type]
+            num_key_value_heads=q.shape[1] * num_ranks // module.num_key_value_groups,  # type: ignore[operator, arg-type]
             layer_idx=module.layer_idx,  # type: ignore[arg-type]
             first_head=q.shape[1] * rank,
             decoding=mask.q_length != mask.kv_length,

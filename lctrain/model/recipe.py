@@ -24,7 +24,11 @@ from transformers.integrations import HfDeepSpeedConfig  # type: ignore[attr-def
 
 from lctrain.attention.base import MaskedAttention
 from lctrain.errors import InputError
+from lctrain.kernels import fp8
 from lctrain.kernels.choose import choose
+from lctrain.memory.host import Host, PinnedHost
+from lctrain.memory.savings import AutoSavings, Savings
+from lctrain.model import layers
 from lctrain.model.head import unwrap
 from lctrain.model.install import demand, install
 from lctrain.model.tuning import FullTuning, Tuning, keep_trained_in_fp32, num_elements
@@ -43,8 +47,10 @@ class ModelRecipe(ABC):
     tuning: Tuning
     sequence_length: int
     kernel: str
+    layer_kernel: str
     dtype: str
-    gradient_checkpointing: bool
+    precision: str | None
+    memory: Savings | AutoSavings
 
     @abstractmethod
     def base_config(self) -> PreTrainedConfig:
@@ -78,12 +84,24 @@ class ModelRecipe(ABC):
         """Refuse, before any weight is read, what can't be trained there on rows of these lengths (ascending)."""
         config = self.check_attention(lengths, sequence_parallel_size)
         choose(self.kernel, demand(config, self.torch_dtype(config), device_type))
-        install(unwrap(self.skeleton(self.config())), self.attention, "reference")
+        self._check_layers(config, device_type)
         if len(self.tokenizer) > config.vocab_size:
             raise InputError(
                 f"the tokenizer knows {len(self.tokenizer)} tokens, the embedding only {config.vocab_size}: "
                 "this tokenizer does not belong to this model"
             )
+
+    def _check_layers(self, config: PreTrainedConfig, device_type: str) -> None:
+        """What only a whole model shows, on one without memory."""
+        skeleton = unwrap(self.skeleton(self.config()))
+        install(skeleton, self.attention, "reference")
+        layers.uses_liger(self.layer_kernel, device_type)
+        self._savings().check(config, device_type=device_type, dropout=self.drops_out())
+        if self.precision not in (None, "fp8"):
+            raise InputError(f"precision={self.precision} is not fp8, for frozen matrices, or null")
+        if self.precision == "fp8":
+            fp8.check(torch.device(device_type))
+            layers.quantize_frozen(skeleton)
 
     def check_attention(self, lengths: Sequence[int], sequence_parallel_size: int = 1) -> PreTrainedConfig:
         """The part of `check` that needs the config alone, which it returns."""
@@ -119,6 +137,9 @@ class ModelRecipe(ABC):
         kernel = install(model, self.attention, self.kernel, ulysses)
         log.info("attention: %s on kernel %s", self.attention, kernel)
         tuned = self._tune(model)
+        liger = layers.uses_liger(self.layer_kernel, model.device.type)
+        self.hasten(unwrap(tuned), layers.liger() if liger else None, PinnedHost())
+        log.info("layers: %s; memory: %s", "Liger's" if liger else "transformers'", self.memory)
         trainable = sum(num_elements(p) for p in tuned.parameters() if p.requires_grad)
         total = sum(num_elements(p) for p in tuned.parameters())
         log.info("parameters: %s, %s trainable (%.2f%%)", f"{total:,}", f"{trainable:,}", 100 * trainable / total)
@@ -130,11 +151,28 @@ class ModelRecipe(ABC):
             return self._tune(AutoModelForCausalLM.from_config(config, dtype=self.torch_dtype(config)))
 
     def _tune(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
-        if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
         tuned = self.tuning.apply(model)
         keep_trained_in_fp32(tuned)
         return tuned
+
+    def hasten(self, model: PreTrainedModel, kernels: layers.LayerKernels | None, host: Host) -> None:
+        """Exchange a tuned model's layers for faster ones and save memory; neither names nor what trains changes."""
+        if self.precision == "fp8":
+            layers.quantize_frozen(model)
+        if kernels is not None:
+            layers.fuse(model, kernels)
+        if self.autocasts() and model.get_input_embeddings().weight.requires_grad:
+            layers.keep_stream_in(model, self.torch_dtype(model.config))
+        self._savings().apply(model, host)
+
+    def _savings(self) -> Savings:
+        if isinstance(self.memory, AutoSavings):
+            raise TypeError("memory=auto is resolved by lctrain.plan before a model is built")
+        return self.memory
+
+    def drops_out(self) -> bool:
+        """Whether two forwards of the same row differ."""
+        return bool(getattr(self.tuning, "lora_dropout", 0.0))
 
     def autocasts(self) -> bool:
         """Whether the model is half precision: what trains is kept in fp32 then, and computed with in bf16."""

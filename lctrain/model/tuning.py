@@ -3,15 +3,17 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lctrain.errors import InputError
+from lctrain.kernels.low_rank import add_low_rank
 
 
 class Tuning(ABC):
@@ -56,6 +58,23 @@ class ModuleTuning(Tuning):
         return model
 
 
+class LoRALinear(PeftLinear):
+    """PEFT's layer, which adds its low-rank term in place instead of through copies of the activations in fp32."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """W x + scaling · B A x; what is merged, disabled, dropped out or sharded is left to PEFT."""
+        adapters = self.active_adapters
+        plain = len(adapters) == 1 and not (self.disable_adapters or self.merged or args or kwargs)
+        low, high = self.lora_A[adapters[0]].weight, self.lora_B[adapters[0]].weight
+        sharded = hasattr(low, "ds_id")  # by ZeRO-3: whole only while their own modules run
+        if not plain or sharded or not isinstance(self.lora_dropout[adapters[0]], nn.Identity):
+            return super().forward(x, *args, **kwargs)
+        (name,) = adapters
+        x_NI = x.flatten(0, -2)
+        y_NO = add_low_rank(self.base_layer(x_NI), x_NI, low, high, self.scaling[name])  # type: ignore[arg-type]
+        return y_NO.view(*x.shape[:-1], -1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoRATuning(Tuning):
     """Low-rank adapters (Hu et al., arXiv:2106.09685) by PEFT, and the parameters whose name holds one of `trainable`.
@@ -81,6 +100,7 @@ class LoRATuning(Tuning):
             target_modules=list(self.target_modules),
             task_type="CAUSAL_LM",
         )
+        adapters._register_custom_module({nn.Linear: LoRALinear})  # PEFT's documented way to a layer of one's own
         tuned = get_peft_model(model, adapters)
         if isinstance(model.get_output_embeddings(), BaseTunerLayer):
             raise InputError(

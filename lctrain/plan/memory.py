@@ -1,16 +1,14 @@
 """The memory of one training step, found by running it on tensors that have sizes and no data.
 
 Every operation of forward, loss and backward runs on torch's fake tensors, and their storages are counted as they come
-and go. So the numbers follow any architecture, tuning and precision. Only attention is a stand-in, that keeps what a
-fused kernel keeps. Not seen: CUDA's context and libraries (about 1 GiB), fragmentation, NCCL's buffers.
-
-Shape legend: B rows, H query heads, K key-value heads, L tokens, D head dim.
+and go. So the numbers follow any architecture, tuning, precision and choice of what is recomputed. Only what runs on a
+card alone has stand-ins. Not seen: CUDA's context and libraries (about 1 GiB), fragmentation, NCCL's buffers.
 """
 
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from math import ceil
+from math import ceil, log2
 from typing import Any
 
 import torch
@@ -23,10 +21,11 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from lctrain.attention.base import Layout, MaskedAttention
 from lctrain.errors import InputError
+from lctrain.kernels.block_mask import BLOCK, MAX_LIST_BYTES
 from lctrain.kernels.linear_cross_entropy import MAX_LOGITS, linear_cross_entropy
+from lctrain.memory.host import Host
 from lctrain.model.head import softcap, unwrap
-
-FLEX_BLOCK = 128  # tokens on a side of a BlockMask's block
+from lctrain.plan.stand_ins import CountingHost, attend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +37,11 @@ class Memory:
     optimizer: int
     buckets: int  # the copy of the gradients that data parallelism exchanges
     activations: int  # kept from forward to backward
-    attention: int  # masks, and what a fused kernel's backward allocates
+    attention: int  # masks
     loss: int  # tiles of logits, the head's gradients, autocast's copies of the weights, at their most
     backward: int  # one layer's recomputation and gradients, at their most, beyond what was kept
     update: int  # temporaries of the optimizer's step
+    host: int  # not on the device: what waits in pinned host memory
 
     @property
     def resident(self) -> int:
@@ -55,7 +55,7 @@ class Memory:
         return self.resident + max(step, self.update)
 
     def parts(self) -> dict[str, int]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "host"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,21 +67,28 @@ class Step:
     kernel: str  # not reference
     autocast: bool  # bf16-mixed
     num_devices: int
+    sequence_parallel_size: int = 1  # of them have a part of each row
+    fused_loss: bool = False  # Liger's, else tiles
 
 
 def step_memory(
-    model: nn.Module, method: MaskedAttention, step: Step, make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+    model: nn.Module,
+    method: MaskedAttention,
+    step: Step,
+    make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+    hasten: Callable[[PreTrainedModel, Host], None] = lambda model, host: None,
 ) -> Memory:
-    """Memory of `step` with a tuned `model` on the meta device, which is used up."""
+    """Memory of `step` with a tuned `model` on the meta device, which is used up. `hasten` is the recipe's."""
     if step.kernel == "reference":
         raise InputError("kernel=reference holds every attention score and is not planned; use kernel=auto")
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.itemsize for p in trained)
-    attention = _Attention()
+    host = CountingHost()
     with FakeTensorMode():
         _materialize(model)
         base = unwrap(model)  # type: ignore[arg-type]
-        AttentionInterface.register("lctrain_plan", attention.attend)
+        hasten(base, host)
+        AttentionInterface.register("lctrain_plan", attend)
         base.set_attn_implementation("lctrain_plan")
         weights, activations, loss, backward = _simulate(base, step)
     return Memory(
@@ -90,17 +97,18 @@ def step_memory(
         optimizer=_optimizer_states(make_optimizer, trained),
         buckets=gradients if step.num_devices > 1 else 0,
         activations=activations,
-        attention=attention.workspace + _masks(base.config.get_text_config(), method, step, attention.itemsize),
+        attention=_masks(base.config.get_text_config(), method, step, 2 if step.autocast else trained[0].itemsize),
         loss=loss,
         backward=backward,
         update=gradients,  # torch's foreach update holds one temporary of the size of all that trains
+        host=host.num_bytes,
     )
 
 
 def _simulate(model: PreTrainedModel, step: Step) -> tuple[int, int, int, int]:
     """Bytes of the weights, kept by the forward, and at most beyond that in the loss and in the backward."""
     model.train()
-    ids = torch.empty(step.rows, step.length, dtype=torch.int64)
+    ids = torch.empty(step.rows, step.length // step.sequence_parallel_size, dtype=torch.int64)
     given = torch.empty(1, 1, 1, 1)  # a mask that is there already, so that transformers builds none
     with _Storages() as storages:
         for tensor in (*model.parameters(), *model.buffers()):
@@ -115,7 +123,9 @@ def _simulate(model: PreTrainedModel, step: Step) -> tuple[int, int, int, int]:
             forward = storages.live
         casts = forward - storages.restart()  # autocast's copies of the weights, which it drops after the loss
         kept = forward - casts
-        loss = casts + _loss(model, hidden, step.autocast, storages)
+        loss = casts + (
+            _fused_loss(model, hidden) if step.fused_loss else _loss(model, hidden, step.autocast, storages)
+        )
         storages.restart()
         if hidden.requires_grad:
             hidden.backward(torch.empty_like(hidden))
@@ -143,6 +153,14 @@ def _loss(model: PreTrainedModel, hidden: Tensor, autocast: bool, storages: "_St
         return most(num_tokens)
     two, three = most(2 * tile), most(3 * tile)
     return int(two + (three - two) * (num_tokens - 2 * tile) // tile)
+
+
+def _fused_loss(model: PreTrainedModel, hidden: Tensor) -> int:
+    """Liger's: the gradient of the hidden states, and logits of as many tokens as make them about that large."""
+    vocab_size, hidden_size = model.get_output_embeddings().weight.shape
+    num_tokens = hidden.numel() // hidden_size
+    tile = 2 ** ceil(log2(ceil(num_tokens / ceil(vocab_size / hidden_size))))
+    return int(num_tokens * hidden_size + tile * vocab_size) * hidden.itemsize
 
 
 class _Storages(TorchDispatchMode):
@@ -179,36 +197,6 @@ class _Storages(TorchDispatchMode):
         return self.live
 
 
-class _Attention:
-    """Stands in for a fused kernel: keeps q, k, v, the output and a log-sum-exp per query, never a score."""
-
-    workspace = 0  # of the largest layer's backward
-    itemsize = 0
-
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
-        """What `AttentionInterface` calls."""
-        if torch.is_autocast_enabled("cpu"):
-            q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
-        # dq is summed in fp32, B·L·H·D · 4 bytes; with grouped heads dk and dv exist once per query head before they
-        # are summed, 2 · B·L·H·D · itemsize. An upper bound: FlexAttention needs less.
-        grouped = 2 * q.itemsize if q.shape[1] != k.shape[1] else 0
-        self.workspace, self.itemsize = max(self.workspace, q.numel() * (4 + grouped)), q.itemsize
-        return _FusedAttention.apply(q, k, v).transpose(1, 2), None  # type: ignore[no-untyped-call]
-
-
-class _FusedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:
-        B, H, L, _ = q_BHLD.shape
-        out_BHLD = q_BHLD.new_empty(B, L, H, v_BKLD.shape[-1]).transpose(1, 2)  # laid out as the next layer wants it
-        ctx.save_for_backward(q_BHLD, k_BKLD, v_BKLD, out_BHLD, q_BHLD.new_empty(B, H, L, dtype=torch.float32))
-        return out_BHLD
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
-
-
 def _masks(config: Any, method: MaskedAttention, step: Step, itemsize: int) -> int:
     """Bytes of the masks of one forward: one per group of layers, with a head dimension where heads differ."""
     layout = Layout(
@@ -218,10 +206,11 @@ def _masks(config: Any, method: MaskedAttention, step: Step, itemsize: int) -> i
         layer_idx=0,
     )
     groups = len({method.layer_group(layer) for layer in range(config.num_hidden_layers)})
-    grids = groups * step.rows * (config.num_attention_heads if method.heads_differ(layout) else 1)
+    heads = config.num_attention_heads // step.sequence_parallel_size if method.heads_differ(layout) else 1
+    grids = groups * step.rows * heads
     if step.kernel != "sdpa":
         # Indices of partial and of full blocks, by query and by key: 4 int32 tables of (L / 128)² entries.
-        return grids * 4 * 4 * ceil(step.length / FLEX_BLOCK) ** 2
+        return min(grids * 4 * 4 * ceil(step.length / BLOCK) ** 2, groups * 2 * MAX_LIST_BYTES)
     # A bias for every visible rectangle: at most the causal half, L² / 2 entries, where documents are packed.
     return grids * itemsize * step.length**2 // 2
 

@@ -1,10 +1,14 @@
 """`lctrain plan`: the cost of a run as a table and a verdict. No weights are read, no GPU is touched."""
 
+import logging
+import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
@@ -13,12 +17,20 @@ from torch import nn
 
 from lctrain.errors import InputError
 from lctrain.kernels.choose import choose
+from lctrain.memory.savings import NOTHING, AutoSavings, Savings
 from lctrain.model.install import demand
 from lctrain.model.recipe import ModelRecipe
+from lctrain.parallel.mesh import Mesh
 from lctrain.plan.flops import training_flops
 from lctrain.plan.memory import Memory, Step, step_memory
+from lctrain.plan.savings import choose_savings
+from lctrain.plan.sharding import Sharding
+from lctrain.plan.stand_ins import LAYER_KERNELS
+
+log = logging.getLogger(__name__)
 
 GIB = 2**30
+SPARE = 0.94  # of a memory; the rest is for fragments, libraries, and what else runs
 
 WHAT = {
     "weights": "parameters and buffers",
@@ -30,6 +42,14 @@ WHAT = {
     "loss": "a tile of logits, the head's gradients",
     "backward": "one layer's recomputation and gradients",
     "update": "temporaries of the optimizer's step",
+}
+
+
+HELD = {  # by a device, at each of ZeRO's stages
+    0: "all of the model",
+    1: "a share of the optimizer",
+    2: "a share of the optimizer and the gradients",
+    3: "a share of everything",
 }
 
 
@@ -49,8 +69,10 @@ class Plan:
     parameters: int
     trainable: int
     tokens_per_step: int
-    num_devices: int
+    mesh: Mesh
+    sharding: Sharding
     kernel: str
+    savings: Savings | AutoSavings
     stages: list[Stage]
     memory: Memory
 
@@ -77,10 +99,11 @@ def plan(cfg: DictConfig) -> Plan:
     _check_positive(accumulate=cfg.trainer.accumulate_grad_batches, micro_batch_size=cfg.datamodule.micro_batch_size)
     recipe: ModelRecipe = instantiate(cfg.model, _convert_="all")
     curriculum = instantiate(cfg.curriculum, _convert_="all")
-    recipe.check_attention(curriculum.lengths())
+    recipe.check_attention(curriculum.lengths(), cfg.sequence_parallel_size)
     world, accumulate = cfg.num_devices * cfg.trainer.num_nodes, cfg.trainer.accumulate_grad_batches
+    mesh = Mesh(rank=0, world_size=world, sequence_parallel_size=cfg.sequence_parallel_size)
     micro_batch_tokens = cfg.datamodule.micro_batch_size * cfg.sequence_length
-    tokens_per_step = micro_batch_tokens * accumulate * world
+    tokens_per_step = micro_batch_tokens * accumulate * mesh.data_parallel_size
     model = _skeleton(recipe)
     parameters = list(model.parameters())
     steps = Counter(curriculum.length_at(step, tokens_per_step) for step in range(cfg.trainer.max_steps))
@@ -89,23 +112,82 @@ def plan(cfg: DictConfig) -> Plan:
         for length in sorted(steps)
     ]
     longest = stages[-1].length
-    kernel = _kernel(recipe, "cpu" if cfg.trainer.accelerator == "cpu" else "cuda")
-    step = Step(
-        rows=-(-micro_batch_tokens // longest),
-        length=longest,
-        kernel=kernel,
-        autocast=cfg.trainer.precision == "bf16-mixed" or recipe.autocasts(),
-        num_devices=world,
-    )
+    step = _step(cfg, recipe, longest, num_devices=world)
+    recipe, memory = _memory_of(cfg, recipe, step, device=cfg.device_memory * GIB, host=cfg.host_memory * GIB)
     return Plan(
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         tokens_per_step=tokens_per_step,
-        num_devices=world,
-        kernel=kernel,
+        mesh=mesh,
+        sharding=Sharding.of(cfg, world),
+        kernel=step.kernel,
+        savings=recipe.memory,
         stages=stages,
-        memory=step_memory(model, recipe.attention, step, instantiate(cfg.optimizer)),
+        memory=memory,
     )
+
+
+def resolve(
+    cfg: DictConfig, recipe: ModelRecipe, lengths: Sequence[int], device: torch.device, num_devices: int
+) -> ModelRecipe:
+    """The recipe with savings that fit on `device`, one of so many, instead of memory=auto; any other as it is."""
+    if not isinstance(recipe.memory, AutoSavings):
+        return recipe
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
+    step = _step(cfg, recipe, lengths[-1], num_devices)
+    resolved, memory = _memory_of(cfg, recipe, step, device=free * SPARE, host=host * SPARE)
+    log.info("memory=auto: %s; %.1f GiB planned", resolved.memory, memory.peak / GIB)
+    return resolved
+
+
+def _step(cfg: DictConfig, recipe: ModelRecipe, length: int, num_devices: int) -> Step:
+    """What a micro-batch of rows of `length` is."""
+    device_type = _device_type(cfg)
+    return Step(
+        rows=-(-cfg.datamodule.micro_batch_size * cfg.sequence_length // length),
+        length=length,
+        kernel=_kernel(recipe, device_type),
+        autocast=cfg.trainer.precision == "bf16-mixed" or recipe.autocasts(),
+        num_devices=num_devices,
+        sequence_parallel_size=cfg.sequence_parallel_size,
+        fused_loss=cfg.objective.loss != "tiled" and device_type == "cuda",
+    )
+
+
+def _memory_of(
+    cfg: DictConfig, recipe: ModelRecipe, step: Step, *, device: float, host: float
+) -> tuple[ModelRecipe, Memory]:
+    """The recipe with its savings, chosen if it leaves them to the plan, and what a step takes with them."""
+    kernels = LAYER_KERNELS if recipe.layer_kernel != "plain" and _device_type(cfg) == "cuda" else None
+    make_optimizer = instantiate(cfg.optimizer)
+
+    def simulate(savings: Savings) -> Memory:
+        saving = replace(recipe, memory=savings)
+        hasten = partial(saving.hasten, kernels=kernels)
+        skeleton = _skeleton(recipe)
+        num_parameters = sum(p.numel() for p in skeleton.parameters())
+        memory = step_memory(skeleton, recipe.attention, step, make_optimizer, lambda m, host: hasten(m, host=host))
+        return Sharding.of(cfg, step.num_devices).apply(memory, num_parameters)
+
+    given = recipe.memory
+    if isinstance(given, Savings):
+        return recipe, simulate(given)
+    device = given.device_memory * GIB if given.device_memory else device
+    host = given.host_memory * GIB if given.host_memory else host
+    chosen, memory = choose_savings(
+        recipe.config().get_text_config().num_hidden_layers,
+        step.length // step.sequence_parallel_size,
+        simulate,
+        device=device,
+        host=host if _device_type(cfg) == "cuda" else 0,
+        dropout=recipe.drops_out(),
+    )
+    return replace(recipe, memory=chosen), memory
+
+
+def _device_type(cfg: DictConfig) -> str:
+    return "cpu" if cfg.trainer.accelerator == "cpu" else "cuda"
 
 
 def _kernel(recipe: ModelRecipe, device_type: str) -> str:
@@ -144,14 +226,16 @@ def _remedies(planned: Plan, cfg: DictConfig) -> Iterator[str]:
     """Options not yet taken that shrink what is large, a tenth of the peak at least."""
     memory = planned.memory
     large = {name for name, size in memory.parts().items() if size > memory.peak / 10}
-    if "activations" in large and not cfg.model.gradient_checkpointing:
-        yield "model.gradient_checkpointing=true"
+    if "activations" in large and planned.savings == NOTHING:
+        yield "memory=auto"
     if large & {"activations", "backward"} and cfg.datamodule.micro_batch_size > 1:
         yield "a smaller datamodule.micro_batch_size with more trainer.accumulate_grad_batches"
     if "attention" in large and planned.kernel == "sdpa":
         yield "kernel=flex"
     if large & {"gradients", "optimizer"} and planned.trainable == planned.parameters:
         yield "tuning=longlora"
+    if large & {"weights", "optimizer"} and planned.mesh.world_size > 1 and planned.sharding.stage < 3:
+        yield "strategy=zero3"
     if "weights" in large and memory.weights > 3 * planned.parameters:
         yield "model.dtype=bfloat16"
 
@@ -160,12 +244,19 @@ def _sizes(planned: Plan) -> Table:
     table = Table("run", "")
     table.add_row("parameters", f"{planned.parameters:,}")
     table.add_row("trainable", f"{planned.trainable:,} ({planned.trainable / planned.parameters:.2%})")
-    table.add_row("devices", f"{planned.num_devices:,}, each with all of the model")
+    table.add_row("devices", _devices(planned))
     table.add_row("tokens per optimizer step", f"{planned.tokens_per_step:,}")
+    table.add_row("memory", str(planned.savings))
     table.add_row(
         "tokens of the run", f"{planned.num_steps * planned.tokens_per_step:,} in {planned.num_steps:,} steps"
     )
     return table
+
+
+def _devices(planned: Plan) -> str:
+    shared = planned.mesh.sequence_parallel_size
+    rows = f", {shared} to a row" if shared > 1 else ""
+    return f"{planned.mesh.world_size:,}{rows}, each with {HELD[planned.sharding.stage]}"
 
 
 def _compute(planned: Plan) -> Table:
@@ -185,4 +276,6 @@ def _memory(planned: Plan) -> Table:
         table.add_row(name, f"{size / GIB:,.2f}", WHAT[name])
     table.add_section()
     table.add_row("peak", f"{planned.memory.peak / GIB:,.2f}", "they are not all there at once")
+    if planned.memory.host:
+        table.add_row("on the host", f"{planned.memory.host / GIB:,.2f}", "pinned")
     return table

@@ -28,7 +28,7 @@ REFUSED = {
     "datamodule.micro_batch_size=0.5": "datamodule.micro_batch_size=0.5 must be a whole number",
     "scheduler.num_warmup_steps=-1": "scheduler.num_warmup_steps=-1 must be at least 0",
     "trainer.max_steps=abc": "trainer.max_steps=abc must be a whole number",
-    "model.gradient_checkpointing=1": "model.gradient_checkpointing=1 must be true or false",
+    "memory.checkpoint_layers=many": "memory.checkpoint_layers=many must be a whole number or all",
     "model.revision=1234567": "model.revision=1234567 must be text",
     "objective.loss=tilde": "objective.loss=tilde must be auto or tiled or liger",
     "curriculum=staged curriculum.stages=[{fraction:abc}]": "curriculum.stages=",

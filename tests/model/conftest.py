@@ -3,6 +3,7 @@
 import pytest
 
 from lctrain.attention.full import FullAttention
+from lctrain.memory.savings import NOTHING
 from lctrain.model.recipe import PretrainedModel
 from lctrain.model.tuning import FullTuning
 from lctrain.rope.none import NoScaling
@@ -16,8 +17,8 @@ def recipe(saved):
         settings = {
             "path": str(saved(model, **shape or {}) if isinstance(model, str) else model), "revision": "main",
             "use_safetensors": True, "trust_remote_code": False, "architecture": None, "dtype": "auto",
-            "gradient_checkpointing": False, "attention": FullAttention(), "rope": NoScaling(), "tuning": FullTuning(),
-            "sequence_length": 64, "kernel": "auto",
+            "memory": NOTHING, "attention": FullAttention(), "rope": NoScaling(), "tuning": FullTuning(),
+            "sequence_length": 64, "kernel": "auto", "layer_kernel": "auto", "precision": None,
         }  # fmt: skip
         return PretrainedModel(**settings | changes)
 

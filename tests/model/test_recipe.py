@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from lctrain.attention.shifted_sparse import ShiftedSparseAttention
 from lctrain.attention.sliding_window import SlidingWindowAttention
 from lctrain.config import asset
 from lctrain.errors import InputError
+from lctrain.memory.savings import NOTHING
 from lctrain.model.recipe import ScratchModel
 from lctrain.model.tuning import Frozen, FullTuning, LoRATuning
 from lctrain.rope.linear import LinearScaling
@@ -95,9 +97,11 @@ class TestWhatLoads:
         scale = rotary.attention_scaling
         torch.testing.assert_close(cos[0, 0, :4].double(), scale * exact[0].cos(), rtol=0, atol=5e-3)
 
-    def test_gradient_checkpointing(self, recipe):
-        assert recipe("llama", gradient_checkpointing=True).build().is_gradient_checkpointing
-        assert not recipe("llama").build().is_gradient_checkpointing
+    def test_memory_is_saved(self, recipe):
+        saved = replace(NOTHING, checkpoint_layers=1)
+        layers = recipe("llama", memory=saved).build().model.layers
+        assert [layer.gradient_checkpointing for layer in layers] == [True, False]
+        assert not recipe("llama").build().model.layers[0].gradient_checkpointing
 
     def test_pickled_weights_load_when_asked(self, folder, recipe, ids):
         weights = load_file(folder / "model.safetensors")
@@ -221,7 +225,7 @@ class TestScratch:
         settings = {
             "architecture": architecture, "tokenizer_path": str(saved("llama")), "attention": FullAttention(),
             "rope": NoScaling(), "tuning": FullTuning(), "sequence_length": 64, "kernel": "auto", "dtype": "float32",
-            "gradient_checkpointing": False,
+            "memory": NOTHING, "layer_kernel": "auto", "precision": None,
         }  # fmt: skip
         return ScratchModel(**settings | changes)
 

@@ -77,11 +77,11 @@ class Ranks:
         """Waits for all; AssertionError with the log of the first that failed."""
         ends = time.monotonic() + SECONDS
         try:
-            while any(process.poll() is None for process in self.processes) and time.monotonic() < ends:
-                if failed := [rank for rank, process in enumerate(self.processes) if process.poll()]:
+            while (codes := [process.poll() for process in self.processes]) != [0] * len(self.processes):
+                if failed := [rank for rank, code in enumerate(codes) if code]:
                     raise AssertionError(self.log(failed[0])[-4000:])
+                assert time.monotonic() < ends, "too slow"
                 time.sleep(0.1)
-            assert [process.poll() for process in self.processes] == [0] * len(self.processes)
         finally:
             self.kill()
         return self.folder

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from lctrain.checkpoint import read_values
-from lctrain.training.metrics import read_history
+from lctrain.folder import read_history
+
+pytestmark = pytest.mark.xdist_group("processes")  # alone: they start as many as there are cores
 
 ATTENTION = {
     "full": [],

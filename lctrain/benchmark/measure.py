@@ -1,0 +1,139 @@
+"""Whole training steps of a random model, through Lightning as `lctrain train` runs them."""
+
+import gc
+import resource
+import time
+from dataclasses import dataclass, replace
+from math import isfinite
+from statistics import median
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning import Callback, LightningModule, Trainer
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader
+
+from lctrain.benchmark.random_model import RandomModel
+from lctrain.data.batch import Batch
+from lctrain.errors import RunError
+from lctrain.memory.savings import Savings
+from lctrain.plan.run import resolve
+from lctrain.training.module import LongContextModule
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The steps behind the first one, which compiles; memory in GiB, the host's is the process's."""
+
+    length: int
+    seconds: list[float]
+    loss: float
+    device_memory: float
+    host_memory: float
+    memory: str
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.length / median(self.seconds)
+
+
+class _Clock(Callback):
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.loss = float("nan")
+        self._start = 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        _synchronize(pl_module.device)
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        _synchronize(pl_module.device)
+        self.seconds.append(time.perf_counter() - self._start)
+        self.loss = float(outputs["loss"])
+
+
+def measure(
+    cfg: DictConfig, length: int, *, num_steps: int, memory: Savings | None = None, warm_up: int = 1, **callbacks: Any
+) -> Measured:
+    """Trains for `warm_up` + `num_steps` steps on one row of `length` random tokens.
+
+    Raises torch.OutOfMemoryError where it does not fit, RunError for a loss that is not finite.
+    """
+    clock = _Clock()
+    trainer: Trainer = instantiate(
+        cfg.trainer,
+        logger=False,
+        callbacks=[clock, *callbacks.values()],
+        max_steps=warm_up + num_steps,
+        _convert_="all",
+    )
+    device = trainer.strategy.root_device
+    module = _module(cfg, length, device, memory)
+    memory_used = module.recipe.memory
+    module.recipe.check([length], device.type)
+    module.check(device)
+    _forget(device)
+    torch.manual_seed(cfg.seed)
+    try:
+        batches: Any = _batches(module.recipe, length, warm_up + num_steps)
+        if warm_up and cfg.warm_up_length:
+            batches[:warm_up] = _batches(module.recipe, min(length, cfg.warm_up_length), warm_up)
+        trainer.fit(module, DataLoader(batches, batch_size=None))
+        peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
+    finally:
+        trainer.strategy.teardown()
+        del module, trainer
+        _forget(device)
+    if not isfinite(clock.loss):
+        raise RunError(f"the loss at {length} tokens is {clock.loss}")
+    return Measured(
+        length=length,
+        seconds=clock.seconds[warm_up:],
+        loss=clock.loss,
+        device_memory=peak,
+        host_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
+        memory=str(memory_used),
+    )
+
+
+def _module(cfg: DictConfig, length: int, device: torch.device, memory: Savings | None) -> LongContextModule:
+    module: LongContextModule = instantiate(cfg.module, _convert_="all")
+    recipe = RandomModel.like(module.recipe, device, sequence_length=length)
+    row = OmegaConf.merge(cfg, {"sequence_length": length, "datamodule": {"micro_batch_size": 1}})
+    assert isinstance(row, DictConfig)
+    module.recipe = resolve(row, recipe, [length], device, 1) if memory is None else replace(recipe, memory=memory)
+    return module
+
+
+def _batches(recipe: Any, length: int, num_steps: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = recipe.config().get_text_config().vocab_size
+    rows = torch.randint(0, vocab_size, (num_steps, 1, length + 1), generator=generator)
+    return [
+        {
+            "input_ids": row[:, :-1],
+            "labels": row[:, 1:],
+            "position_ids": torch.arange(length)[None],
+            "num_tokens": length,
+            "num_valid_tokens": length,
+        }
+        for row in rows
+    ]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _forget(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)

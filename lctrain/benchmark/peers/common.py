@@ -1,0 +1,70 @@
+"""What every peer has in common: the model, LoRA's settings, the clock, and how it answers."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+WARM_UP_LENGTH = 8192  # tokens of the step before
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the peer is asked to run."""
+
+    architecture: dict[str, Any]  # a transformers config, model_type included
+    attention: str  # full or shifted_sparse
+    lengths: list[int]
+    num_steps: int  # timed, behind one that is not
+
+
+def settings() -> Settings:
+    """Read from the command line."""
+    return Settings(**json.loads(sys.argv[1]))
+
+
+def random_model(given: Settings, attn_implementation: str) -> PreTrainedModel:
+    """The shape in bf16 on the card."""
+    config = AutoConfig.for_model(**given.architecture, use_cache=False)
+    with torch.device("cuda"):
+        return AutoModelForCausalLM.from_config(  # type: ignore[no-any-return]
+            config, dtype=torch.bfloat16, attn_implementation=attn_implementation
+        )
+
+
+def adapters() -> LoraConfig:
+    """LoRA as conf/tuning/lora.yaml has it."""
+    return LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+
+
+def tokens(given: Settings, length: int, num_rows: int) -> torch.Tensor:
+    """Random ids [rows, length]."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, given.architecture["vocab_size"], (num_rows, length), generator=generator)
+
+
+def timed(step: Callable[[], None]) -> float:
+    """Seconds of a step, the device's work included."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def answer(length: int, run: Callable[[], list[float]]) -> None:
+    """One line of JSON: the seconds that `run` gives and the memory it takes, or that it found none."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        result: dict[str, Any] = {"seconds": run()}
+    except torch.OutOfMemoryError:
+        result = {"seconds": [], "error": "out of memory"}
+    result |= {"length": length, "device_memory": torch.cuda.max_memory_allocated() / 2**30}
+    print("PEER " + json.dumps(result), flush=True)

@@ -1,0 +1,1 @@
+"""What a training step keeps from forward to backward, where, and what it computes again instead."""

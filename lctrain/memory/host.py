@@ -1,0 +1,83 @@
+"""Tensors that wait in the host's memory while the device computes."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Host(Protocol):
+    """Where tensors are put and taken from."""
+
+    def put(self, tensor: Tensor) -> Any:
+        """Begin to store `tensor`; the result is what `fetch` and `take` know it by."""
+
+    def fetch(self, stored: Any) -> None:
+        """Begin to bring it back, so that `take` need not wait."""
+
+    def take(self, stored: Any) -> Tensor:
+        """Have it back on its device, for the stream that computes."""
+
+
+class _Stored:
+    def __init__(self, tensor: Tensor) -> None:
+        self.device = tensor.device
+        # Pinned, or no copy runs beside the computation; torch keeps pinned blocks for the next step.
+        pinned = tensor.device.type == "cuda"
+        self.host = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu", pin_memory=pinned
+        )
+        self.back: Tensor | None = None
+        self.copied: torch.cuda.Event | None = None
+
+
+class PinnedHost:
+    """Copies on two streams of its own, one for each direction; on a CPU they are plain copies."""
+
+    def __init__(self) -> None:
+        self._streams: dict[str, torch.cuda.Stream] = {}
+
+    def put(self, tensor: Tensor) -> _Stored:
+        stored = _Stored(tensor)
+        if tensor.device.type != "cuda":
+            stored.host.copy_(tensor)
+            return stored
+        stream = self._stream("out")
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            stored.host.copy_(tensor, non_blocking=True)
+        stored.copied = stream.record_event()
+        tensor.record_stream(stream)  # its memory is not given to another tensor before it is copied
+        return stored
+
+    def fetch(self, stored: _Stored) -> None:
+        if stored.back is not None:
+            return
+        if stored.device.type != "cuda":
+            stored.back = stored.host.clone()
+            return
+        # Allocated on the stream that computes, which frees it; what used this memory before is waited for.
+        stored.back = torch.empty_strided(
+            stored.host.shape, stored.host.stride(), dtype=stored.host.dtype, device=stored.device
+        )
+        stream = self._stream("back")
+        assert stored.copied is not None
+        stream.wait_event(stored.copied)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            stored.back.copy_(stored.host, non_blocking=True)
+        stored.copied = stream.record_event()
+
+    def take(self, stored: _Stored) -> Tensor:
+        self.fetch(stored)
+        if stored.copied is not None:
+            torch.cuda.current_stream().wait_event(stored.copied)
+        assert stored.back is not None
+        back, stored.back = stored.back, None
+        back.record_stream(torch.cuda.current_stream()) if back.is_cuda else None
+        return back
+
+    def _stream(self, direction: str) -> torch.cuda.Stream:
+        if direction not in self._streams:
+            self._streams[direction] = torch.cuda.Stream()
+        return self._streams[direction]

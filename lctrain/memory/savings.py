@@ -1,0 +1,113 @@
+"""Which activations a step keeps: the option group `memory`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lctrain.errors import InputError
+from lctrain.memory.host import Host
+from lctrain.memory.inputs import LayerInputs
+from lctrain.memory.tiled import TiledMLP
+
+Count = int | Literal["all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Savings:
+    """Counts of layers, or "all". Losses and gradients are the same whatever is saved.
+
+    Recomputation is Chen et al., arXiv:1604.06174; a layer's input is all that is kept of it, and its forward runs
+    again in the backward. The backward visits the last layers first, so what costs memory is given to them, and what
+    must wait longest leaves the device.
+    """
+
+    checkpoint_layers: Count  # the first of them keep their inputs only; 0 recomputes nothing
+    checkpoint_every: int  # of these inputs, each k-th is kept; those between are computed from it again
+    save_attention: Count  # the last of the checkpointed layers keep attention's output, and never run it again
+    offload: Count  # the first of the kept inputs wait in pinned host memory, copied beside the computation
+    mlp_tile: int  # tokens that a checkpointed layer's MLP sees at a time; 0 is all of them
+
+    def check(self, config: PreTrainedConfig, *, device_type: str, dropout: bool) -> None:
+        """InputError for what has no effect, or can't work, on such a model and device."""
+        for name in ("checkpoint_layers", "save_attention", "offload", "mlp_tile"):
+            value: Count = getattr(self, name)
+            if isinstance(value, int) and value < 0:
+                raise InputError(f"memory.{name}={value} must be a number from 0 on")
+        if self.checkpoint_every < 1:
+            raise InputError(f"memory.checkpoint_every={self.checkpoint_every} must be at least 1")
+        counts = self.resolve(config.num_hidden_layers)
+        num_layers = int(counts.checkpoint_layers)
+        if not num_layers and self != NOTHING:
+            raise InputError("memory: without memory.checkpoint_layers there is nothing to save; use memory=none")
+        if counts.checkpoint_every > num_layers > 0:
+            raise InputError(f"memory.checkpoint_every={self.checkpoint_every} is more than the {num_layers} layers")
+        if counts.offload and device_type != "cuda":
+            raise InputError("memory.offload needs a CUDA device: the tensors are in the host's memory already")
+        if counts.checkpoint_every > 1 and dropout:
+            raise InputError("memory.checkpoint_every can't repeat dropout's draws; set it to 1 or dropout to 0")
+
+    def resolve(self, num_layers: int) -> "Savings":
+        """The same with numbers for "all", and no more than there are."""
+
+        def within(count: Count, limit: int) -> int:
+            return limit if count == "all" else min(count, limit)
+
+        layers = within(self.checkpoint_layers, num_layers)
+        inputs = -(-layers // max(1, self.checkpoint_every))
+        return Savings(
+            checkpoint_layers=layers,
+            checkpoint_every=self.checkpoint_every,
+            save_attention=within(self.save_attention, layers),
+            offload=within(self.offload, inputs),
+            mlp_tile=self.mlp_tile,
+        )
+
+    def apply(self, model: PreTrainedModel, host: Host) -> None:
+        """Make a tuned `model` save. Parameters keep their names."""
+        layers = model.get_decoder().layers
+        counts = self.resolve(len(layers))
+        if not counts.checkpoint_layers:
+            return
+        num_checkpointed = int(counts.checkpoint_layers)
+        inputs = LayerInputs(
+            num_layers=num_checkpointed,
+            every=counts.checkpoint_every,
+            num_offloaded=int(counts.offload),
+            num_attention=int(counts.save_attention),
+            host=host,
+        )
+        _enable(model, inputs)
+        for layer in layers[num_checkpointed:]:
+            layer.gradient_checkpointing = False
+        if counts.mlp_tile:
+            for layer in layers[:num_checkpointed]:
+                layer.mlp = TiledMLP(layer.mlp, counts.mlp_tile)
+
+    def __str__(self) -> str:
+        if not self.checkpoint_layers:
+            return "nothing is recomputed"
+        apart = f" from every {self.checkpoint_every}th input" if self.checkpoint_every > 1 else ""
+        parts = [f"{self.checkpoint_layers} layers recomputed{apart}"]
+        parts += [f"{self.save_attention} keep attention"] if self.save_attention else []
+        parts += [f"{self.offload} inputs on the host"] if self.offload else []
+        parts += [f"MLPs by {self.mlp_tile} tokens"] if self.mlp_tile else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoSavings:
+    """The cheapest savings that fit, by the plan of the run on its device. Limits in GiB; null is all there is."""
+
+    device_memory: float | None
+    host_memory: float | None
+
+
+NOTHING = Savings(checkpoint_layers=0, checkpoint_every=1, save_attention=0, offload=0, mlp_tile=0)
+
+
+def _enable(model: PreTrainedModel, inputs: LayerInputs) -> None:
+    settings = {"use_reentrant": False, "context_fn": inputs.context}
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(settings)
+    inputs.attach(model.get_decoder())

@@ -1,0 +1,96 @@
+"""What stands in, on tensors without data, for what runs on a card only: it allocates and keeps what that would.
+
+Shape legend: B rows, H query heads, K key-value heads, L tokens, D head dim.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lctrain.memory.recall import attend_once
+from lctrain.model.layers import LayerKernels
+
+
+def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
+    """What `AttentionInterface` calls: a fused kernel keeps its inputs, its output and a log-sum-exp per query."""
+    if torch.is_autocast_enabled("cpu"):
+        q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
+    return attend_once(_FusedAttention.apply, q, k, v).transpose(1, 2), None
+
+
+class _FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:
+        B, H, L, _ = q_BHLD.shape
+        out_BHLD = q_BHLD.new_empty(B, L, H, v_BKLD.shape[-1]).transpose(1, 2)  # laid out as the next layer wants it
+        ctx.save_for_backward(q_BHLD, k_BKLD, v_BKLD, out_BHLD, q_BHLD.new_empty(B, H, L, dtype=torch.float32))
+        return out_BHLD
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = ctx.saved_tensors[:3]
+        summed = [q, k, v] if q.shape[1] != k.shape[1] else [q]  # in fp32, where several blocks add to a gradient
+        workspace = [torch.empty_like(x, dtype=torch.float32) for x in summed]
+        gradients = tuple(torch.empty_like(x) for x in (q, k, v))
+        del workspace
+        return gradients
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, in_place: bool) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        ctx.in_place = in_place
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        return dy if ctx.in_place else torch.empty_like(dy), torch.empty_like(ctx.saved_tensors[1]), None
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return torch.empty_like(gate)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
+        return ctx.saved_tensors  # type: ignore[no-any-return]  # written over
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, casting: str, in_place: bool) -> Tensor:
+    out: Tensor = _RMSNorm.apply(x, weight, in_place)  # type: ignore[no-untyped-call]
+    return out
+
+
+LAYER_KERNELS = LayerKernels(
+    rms_norm=_rms_norm, swiglu=_Gate.apply, geglu=_Gate.apply, rope=lambda q, k, cos, sin: (q, k)
+)
+
+
+class _Stored:
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+        self.back: Tensor | None = None
+
+
+class CountingHost:
+    """The host's memory: a number of bytes."""
+
+    num_bytes = 0
+
+    def put(self, tensor: Tensor) -> _Stored:
+        self.num_bytes += tensor.numel() * tensor.itemsize
+        return _Stored(tensor)
+
+    def fetch(self, stored: _Stored) -> None:
+        stored.back = torch.empty(stored.shape, dtype=stored.dtype)
+
+    def take(self, stored: _Stored) -> Tensor:
+        if stored.back is None:
+            self.fetch(stored)
+        back, stored.back = stored.back, None
+        assert back is not None
+        return back

@@ -1,0 +1,70 @@
+"""A small llama whose attention counts its runs, and what a training step of it gives."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+from lctrain.memory.host import PinnedHost
+from lctrain.memory.recall import attend_once
+from lctrain.memory.savings import NOTHING, Savings
+
+NUM_LAYERS = 5
+
+
+class Outcome(NamedTuple):
+    """Of one forward and backward."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    num_attentions: int
+    kept: int  # bytes that the graph holds on to between forward and backward, parameters apart
+
+
+@pytest.fixture
+def step(tiny, ids) -> Callable[..., Outcome]:
+    """step(savings) trains once on two rows of 40 tokens; the model is the same each time."""
+    num_attentions = 0
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        nonlocal num_attentions
+        num_attentions += 1
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
+        return attend_once(run, q, k, v).transpose(1, 2), None
+
+    AttentionInterface.register("counted", attend)
+    model = tiny("llama", num_hidden_layers=NUM_LAYERS)
+    model.set_attn_implementation("counted")
+
+    def once(savings: Savings = NOTHING, prepare: Callable[[Any], Any] = lambda model: model) -> Outcome:
+        nonlocal num_attentions
+        trained = prepare(deepcopy(model).train())
+        savings.apply(trained, PinnedHost())
+        num_attentions = 0
+        hidden = trained.model(ids(2, 40), use_cache=False).last_hidden_state
+        loss = (hidden * torch.arange(hidden.shape[-1])).square().mean()
+        own = {x.untyped_storage()._cdata for x in (*trained.parameters(), *trained.buffers())}
+        kept = held_bytes(loss.grad_fn, own)
+        loss.backward()
+        gradients = {name: p.grad for name, p in trained.named_parameters() if p.grad is not None}
+        return Outcome(loss.detach(), gradients, num_attentions, kept)
+
+    return once
+
+
+def held_bytes(root: Any, own: set[int]) -> int:
+    """Storages of all tensors that live, but for `own`."""
+    import gc
+
+    storages = {}
+    for found in gc.get_objects():
+        if isinstance(found, Tensor) and found.untyped_storage()._cdata not in own:
+            storages[found.untyped_storage()._cdata] = found.untyped_storage().nbytes()
+    return sum(storages.values())
