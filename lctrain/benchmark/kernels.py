@@ -221,7 +221,8 @@ def _seconds(run: Callable[[], Any], count: int) -> float:
         run()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1000 / count
+    milliseconds: float = begin.elapsed_time(end)
+    return milliseconds / 1000 / count
 
 
 def _write(target: Path, found: dict[str, object]) -> None:
