@@ -30,6 +30,7 @@ from lctrain.kernels.mask import Mask
 log = logging.getLogger(__name__)
 
 GOAL = 0.85  # of the rate of causal attention over a whole row of the same length
+IN_A_ROW_SECONDS, MEASURED_SECONDS = 0.05, 2.0
 DOCUMENTS = (0.4, 0.3, 0.2, 0.1)  # of a packed row, each made odd: no block divides them
 PATTERNS: dict[str, MaskedAttention] = {
     "full": FullAttention(),
@@ -89,10 +90,7 @@ def kernels(cfg: DictConfig) -> list[Result]:
                 log.exception("%s at %d tokens failed", pattern, length)
             torch.cuda.empty_cache()
         results += _against_full(rows)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    machine = {"torch": torch.__version__, "card": torch.cuda.get_device_name()}
-    found = {"kernel": name, **asdict(heads), **machine, "results": [*map(asdict, results)], "failures": failures}
-    target.write_text(json.dumps(found, indent=2) + "\n")
+        _write(target, {"kernel": name, **asdict(heads), "results": [*map(asdict, results)], "failures": failures})
     _print(name, results, target)
     return results
 
@@ -203,17 +201,35 @@ def _random(length: int, num_heads: int, head_dim: int, generator: torch.Generat
 
 
 def _median_seconds(run: Callable[[], Any], num_repeats: int) -> float:
-    """Of `num_repeats` runs after one that compiles; of fewer where a run takes long."""
+    """Of `num_repeats` measurements after a run that compiles; of fewer where a run takes long.
+
+    Short runs are measured in a row: in a step the card never waits for the host to launch the next one.
+    """
     run()
+    in_a_row = max(1, int(IN_A_ROW_SECONDS / _seconds(run, 1)))
     times: list[float] = []
-    while len(times) < num_repeats and sum(times) < 2:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1000)
+    while len(times) < num_repeats and sum(times) < MEASURED_SECONDS:
+        times.append(_seconds(run, in_a_row))
     return median(times)
+
+
+def _seconds(run: Callable[[], Any], count: int) -> float:
+    """Of one of `count` runs in a row."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(count):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    milliseconds: float = begin.elapsed_time(end)
+    return milliseconds / 1000 / count
+
+
+def _write(target: Path, found: dict[str, object]) -> None:
+    """After every length: the next one may take minutes."""
+    machine = {"torch": torch.__version__, "card": torch.cuda.get_device_name()}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(machine | found, indent=2) + "\n")
 
 
 def _against_full(rows: list[Result]) -> list[Result]:

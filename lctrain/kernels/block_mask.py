@@ -14,7 +14,7 @@ from lctrain.kernels.mask import Mask
 
 BLOCK = 128  # tokens: what FlexAttention's kernels load at once
 MAX_GRID = 2**27  # pairs of blocks held as two truth values, 256 MiB
-MAX_LIST_BYTES = 2**28  # of the lists of keys; those of queries, for the backward, take about as much again
+MAX_LIST_BYTES = 5 * 2**27  # of the lists of keys by query, and of queries by key for the backward: 640 MiB
 MAX_PAIRS = 2**22  # of blocks looked at at once: temporaries of a few times 16 MiB
 
 
@@ -78,16 +78,22 @@ def _at_once(pairs_each: int) -> int:
     return max(1, MAX_PAIRS // pairs_each)
 
 
+def _counts(grid: Tensor) -> Tensor:
+    """How many blocks each row [2, B, H, M, N] has; in parts, because torch sums truth values as integers."""
+    rows = grid.split(_at_once(grid[..., 0, :].numel()), dim=-2)
+    return torch.cat([part.sum(-1, dtype=torch.int32) for part in rows], dim=-1)
+
+
 def _list_bytes(grid: Tensor) -> int:
-    """Of the lists of keys, each as wide as the longest."""
-    return 2 * grid[0, ..., 0].numel() * int(grid.sum(-1, dtype=torch.int32).amax()) * 4
+    """Of all lists, each as wide as the longest."""
+    return sum(4 * counts.numel() * int(counts.amax()) for counts in (_counts(grid), _counts(grid.mT)))
 
 
 def _lists(grid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For each block of a row [2, B, H, M, N]: number and list of the partial ones, then of the full ones."""
-    counts = grid.sum(-1, dtype=torch.int32)
-    # One width for both, which FlexAttention takes for granted; and two at least: torch compiles anew for lists of one.
-    width = max(2, int(counts.amax()))
+    counts = _counts(grid)
+    # One width for both, which FlexAttention takes for granted; two at least, or torch compiles anew for lists of one.
+    width = min(max(2, int(counts.amax())), grid.shape[-1])
     lists = counts.new_zeros(*counts.shape, width)
     for rows in torch.arange(grid.shape[-2], device=grid.device).split(_at_once(grid[..., 0, :].numel())):
         lists[..., rows, :] = _places(grid[..., rows, :], width)

@@ -5,6 +5,7 @@
 
 import warnings
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -71,8 +72,10 @@ def check(name, mask, heads, softcap=None):
 
 @pytest.mark.parametrize("documents", [[1000], [300, 1, 699]], ids=["alone", "packed"])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kernel", ["flash", "cudnn", "flex", "sdpa"])
+@pytest.mark.parametrize(
+    ("kernel", "method"),
+    [("cudnn", "full"), *product(["flash", "flex", "sdpa"], METHODS)],  # cudnn's masks are flex's
+)
 def test_equals_the_reference(kernel, method, shape, documents):
     kernel_for(kernel, SHAPES[shape])
     check(kernel, row_mask(METHODS[method], 1000, SHAPES[shape], documents, "cuda"), SHAPES[shape])
@@ -135,7 +138,7 @@ def test_a_stage_compiles_in_its_first_step(kernel, method):
 
 
 @pytest.mark.parametrize("method", ["full", "streaming"])
-@pytest.mark.parametrize("kernel", ["flash", "cudnn", "flex"])
+@pytest.mark.parametrize("kernel", ["flash", "flex"])
 def test_layers_never_wait_for_the_card(kernel, method):
     """A forward may ask once what its documents are; more layers do not ask more often."""
 
@@ -154,7 +157,7 @@ def test_layers_never_wait_for_the_card(kernel, method):
     assert waits(6) == waits(2)
 
 
-@pytest.mark.parametrize("kernel", ["flash", "cudnn", "flex"])
+@pytest.mark.parametrize("kernel", ["flash", "flex"])
 @pytest.mark.parametrize("method", METHODS)
 def test_decode_is_prefill(kernel, method):
     llama = model(method, kernel).eval()

@@ -89,6 +89,8 @@ def test_lists_are_as_wide_as_the_longest():
     window = block_mask(mask_of(PATTERNS["window"], length=128 * 64))
     assert window.kv_indices.shape == window.q_indices.shape == (1, HEADS, 64, 3)
     assert block_mask(mask_of(PATTERNS["s2"])).full_kv_indices.shape[-1] == 2  # none is full; torch wants two
+    one = block_mask(mask_of(PATTERNS["causal"], length=100))  # more entries than blocks are refused by flash-attn-4
+    assert one.kv_indices.shape == one.full_q_indices.shape == (1, HEADS, 1, 1)
     causal = block_mask(mask_of(PATTERNS["causal"], length=128 * 5))
     assert causal.kv_indices.shape == causal.full_kv_indices.shape  # which FlexAttention takes for granted
 
@@ -105,7 +107,9 @@ def test_many_blocks_are_bounded_in_parts(monkeypatch):
 def test_large_lists_make_larger_blocks_of_queries(monkeypatch):
     mask = mask_of(PATTERNS["causal"], length=768)
     assert block_mask(mask).BLOCK_SIZE == (128, 128)
-    monkeypatch.setattr(module, "MAX_LIST_BYTES", HEADS * 6 * 2 * 5 * 4 // 2)  # half of 6 rows, two lists of 5
+    monkeypatch.setattr(
+        module, "MAX_LIST_BYTES", 2 * HEADS * 6 * 2 * 5 * 4 // 2
+    )  # half of 6 rows, two lists of 5, twice
     large = block_mask(mask)
     assert large.BLOCK_SIZE == (256, 128)
     some, all_ = blocks_of(mask, 256, 128)
