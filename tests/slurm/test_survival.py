@@ -13,7 +13,7 @@ from lctrain.folder import whole_checkpoints
 from tests.slurm.cluster import wait_for
 from tests.slurm.conftest import EVERY, NUM_STEPS, Run
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("processes")]
 
 
 def assert_same(run: Run, undisturbed: Run) -> None:
