@@ -10,4 +10,6 @@ def quiet() -> None:
 
     disable_progress_bar()
     enable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(lightning|peft|transformers)\b")
+    between_libraries = r"(lightning|peft|torch\.distributed|transformers)\b"
+    warnings.filterwarnings("ignore", category=FutureWarning, module=between_libraries)
+    warnings.filterwarnings("ignore", message="The `srun` command is available")  # on a login node

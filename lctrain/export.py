@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 
+from lctrain.checkpoint import check_names, read_values
 from lctrain.errors import InputError
 from lctrain.folder import RunFolder, is_whole, whole_checkpoints
 from lctrain.memory.savings import NOTHING
@@ -41,14 +42,13 @@ def export(run_dir: str, checkpoint: str, output: str, dtype: str = "auto") -> P
     cfg = cast(DictConfig, OmegaConf.load(folder.config))
     recipe = replace(instantiate(cfg.model, _convert_="all"), **PLAIN)
     model = recipe.build()
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if differ := sorted(trained ^ weights.keys()):
-        raise InputError(f"{path} does not belong to {folder.config}: only one of them has {differ[0]}")
-    model.load_state_dict(weights, strict=False)
+    found = {name.removeprefix("model."): value for name, value in read_values(path).items()}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    check_names(path, found, trained)
+    for name, parameter in trained.items():
+        parameter.data.copy_(found[name])
     merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
-    merged.to(recipe.torch_dtype(merged.config) if dtype == "auto" else getattr(torch, dtype))
+    merged.to(recipe.torch_dtype(recipe.config()) if dtype == "auto" else getattr(torch, dtype))
     aside = target.with_name(target.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     merged.save_pretrained(aside)

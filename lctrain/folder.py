@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -12,6 +13,8 @@ from lctrain.errors import InputError
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "step-*.ckpt"
+STATE_FILE = "state.pt"
+RANK_FILE = "rank-{rank:05d}-of-{world_size:05d}.pt"
 TRACES = ("config.yaml", "metrics.jsonl", "report.json")  # of a run that left no checkpoint
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 
@@ -52,7 +55,7 @@ class RunFolder:
             if not found and self._lock:
                 log.info("resume=auto: no checkpoint in %s, starting from the first step", self.checkpoints)
             return found[-1] if found else None
-        if not Path(resume).is_file() or not is_whole(Path(resume)):
+        if not is_whole(Path(resume)):
             raise InputError(f"resume={resume} is not a whole checkpoint; use a checkpoint's path, auto or never")
         if found and not found[-1].samefile(resume):
             raise InputError(
@@ -84,11 +87,30 @@ def is_first_process() -> bool:
     return all(os.environ.get(rank, "0") == "0" for rank in RANKS)
 
 
-def is_whole(path: Path) -> bool:
-    """Whether every byte that was written is there: torch's files are zip archives with checksums."""
+def rank_files(checkpoint: Path) -> list[Path]:
+    """The files that a checkpoint's ranks wrote, by rank."""
+    return sorted(checkpoint.glob("rank-*-of-*.pt"))
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every rank's file is there to the last byte: torch's files are zip archives, their directory at the end.
+
+    The first process reads all of them against their checksums; the others, who follow its choice, look at the ends.
+    """
+    ranks = rank_files(checkpoint)
+    complete = ranks and [file.name for file in ranks] == [
+        RANK_FILE.format(rank=rank, world_size=len(ranks)) for rank in range(len(ranks))
+    ]
+    if not complete:
+        return False
+    with ThreadPoolExecutor() as pool:  # checksums are computed outside the interpreter's lock
+        return all(pool.map(_is_sound, [checkpoint / STATE_FILE, *ranks]))
+
+
+def _is_sound(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
+            return not is_first_process() or archive.testzip() is None
     except Exception:  # damaged bytes look like anything: another compression, an encrypted file, a date that is none
         return False
 

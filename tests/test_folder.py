@@ -15,11 +15,13 @@ from lctrain.folder import RunFolder, is_whole, whole_checkpoints
 
 @pytest.fixture
 def folder(tmp_path):
-    """With three checkpoints."""
+    """With three checkpoints, of two ranks each."""
     found = RunFolder(tmp_path)
-    found.checkpoints.mkdir()
     for step in (1, 2, 3):
-        torch.save({"step": step, "weights": torch.ones(1000)}, found.checkpoints / f"step-{step:08d}.ckpt")
+        checkpoint = found.checkpoints / f"step-{step:08d}.ckpt"
+        checkpoint.mkdir(parents=True)
+        for name in ("state.pt", "rank-00000-of-00002.pt", "rank-00001-of-00002.pt"):
+            torch.save({"step": step, "weights": torch.ones(1000)}, checkpoint / name)
     return found
 
 
@@ -63,7 +65,7 @@ def test_what_a_run_left_is_never_written_over_unasked(tmp_path, left, monkeypat
 
 
 def test_auto_does_not_start_over_beside_broken_checkpoints(folder):
-    for path in folder.checkpoints.iterdir():
+    for path in folder.checkpoints.glob("*/rank-00000-*"):
         path.write_bytes(b"")
     with pytest.raises(InputError, match=r"every checkpoint in .* is broken, the newest is step-00000003\.ckpt"):
         folder.resume_from("auto")
@@ -78,24 +80,33 @@ def test_auto_says_that_it_starts_from_the_beginning(tmp_path, caplog):
     assert caplog.text.count("starting from the first step") == 1
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", ["state.pt", "rank-00001-of-00002.pt"])
 @pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.999])
-def test_a_truncated_newest_gives_way_to_the_one_before(folder, keep, caplog):
+def test_a_truncated_newest_gives_way_to_the_one_before(folder, keep, name, first, caplog, monkeypatch):
+    monkeypatch.setenv("RANK", "0" if first else "1")
     newest = folder.checkpoints / "step-00000003.ckpt"
-    whole = newest.read_bytes()
-    newest.write_bytes(whole[: keep if isinstance(keep, int) else int(keep * len(whole))])
+    whole = (newest / name).read_bytes()
+    (newest / name).write_bytes(whole[: keep if isinstance(keep, int) else int(keep * len(whole))])
     assert folder.resume_from("auto").stem == "step-00000002"
     assert f"{newest} is broken and skipped" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["state.pt", "rank-00000-of-00002.pt", "rank-00001-of-00002.pt"])
+def test_a_file_that_is_not_there_breaks_a_checkpoint(folder, name):
+    (folder.checkpoints / "step-00000003.ckpt" / name).unlink()
+    assert folder.resume_from("auto").stem == "step-00000002"
+
+
 def test_a_changed_byte_is_never_taken_for_what_was_written(folder):
-    path = folder.checkpoints / "step-00000003.ckpt"
+    path = folder.checkpoints / "step-00000003.ckpt/rank-00001-of-00002.pt"
     whole, chance = path.read_bytes(), random.Random(0)
     expected = torch.load(path, weights_only=True)["weights"]
     num_broken = 0
     for _ in range(300):
         at = chance.randrange(len(whole))
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1 :])
-        if not is_whole(path):
+        if not is_whole(path.parent):
             num_broken += 1
             continue
         with suppress(RuntimeError):  # a field that only torch reads

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -33,6 +34,8 @@ class MaskedAttention(ABC):
     Written with + - * // % comparisons & | ~ it is also evaluated on intervals of positions, and which blocks it leaves
     empty or fills costs nothing to find (`lctrain.kernels.interval`); anything else works, and builds more slowly.
     """
+
+    supports_sequence_parallel: ClassVar[bool] = True  # `visible` asks the layout which heads are here
 
     @abstractmethod
     def visible(self, layout: Layout) -> MaskMod:

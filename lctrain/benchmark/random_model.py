@@ -33,8 +33,8 @@ class RandomModel(ModelRecipe):
         with self.device:  # 8B numbers are drawn in a second there, in minutes on a CPU
             return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=self.torch_dtype(config)))
 
-    def check(self, lengths: Sequence[int], device_type: str = "cpu") -> None:
-        config = self.check_attention(lengths)
+    def check(self, lengths: Sequence[int], device_type: str = "cpu", sequence_parallel_size: int = 1) -> None:
+        config = self.check_attention(lengths, sequence_parallel_size)
         choose(self.kernel, demand(config, self.torch_dtype(config), device_type))
         self._check_layers(config, device_type)
 

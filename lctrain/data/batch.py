@@ -9,7 +9,8 @@ import torch
 from lctrain.data.packing import Row
 from lctrain.data.table import TokenTable
 
-# input_ids, labels, position_ids: int64 [rows, length]; num_tokens (without padding), num_valid_tokens: int
+# input_ids, labels, position_ids: int64 [rows, length]; num_tokens (without padding), num_valid_tokens,
+# sequence_length (of the whole row, of which a rank may hold a part): int
 Batch: TypeAlias = dict[str, Any]
 
 IGNORED = -100

@@ -9,13 +9,14 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from lctrain.data.batch import Batch, fill
+from lctrain.data.batch import IGNORED, Batch, fill
 from lctrain.data.corpus import Corpus
 from lctrain.data.curriculum import Curriculum
 from lctrain.data.packing import PACKINGS, Ints, Packing, cut
 from lctrain.data.table import TokenTable
 from lctrain.data.tokenize import tokenize
 from lctrain.errors import InputError
+from lctrain.parallel.mesh import Mesh
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ class LongContextData(lightning.LightningDataModule):
     packing: `stream` (documents cut where a row ends) or `whole` (documents never cut; for conversations).
     heldout_fraction: share of the documents, chosen by name, that is never trained on.
     num_heldout_tokens: how many of their tokens validation reads.
+    sequence_parallel_size: how many neighbouring ranks share each row, a part each.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class LongContextData(lightning.LightningDataModule):
         num_heldout_tokens: int,
         cache_dir: str,
         seed: int,
+        sequence_parallel_size: int = 1,
     ) -> None:
         super().__init__()
         if packing not in PACKINGS:
@@ -56,7 +59,11 @@ class LongContextData(lightning.LightningDataModule):
         self.corpus, self.tokenizer, self.curriculum = corpus, tokenizer, curriculum
         self.sequence_length, self.micro_batch_size, self.packing = sequence_length, micro_batch_size, packing
         self.heldout_fraction, self.num_heldout_tokens = heldout_fraction, num_heldout_tokens
-        self.cache_dir, self.seed = cache_dir, seed
+        if uneven := [length for length in curriculum.lengths() if length % sequence_parallel_size]:
+            raise InputError(
+                f"rows of {uneven[0]} tokens can't be shared evenly by sequence_parallel_size={sequence_parallel_size}"
+            )
+        self.cache_dir, self.seed, self.sequence_parallel_size = cache_dir, seed, sequence_parallel_size
 
     def prepare_data(self) -> None:
         """Tokenizes, where the cache does not hold it yet."""
@@ -84,26 +91,54 @@ class LongContextData(lightning.LightningDataModule):
         num_tokens, size = min(self.num_heldout_tokens, int(ends[-1])), self.sequence_length
         rows = [cut(documents, ends, at, min(at + size, num_tokens)) for at in range(0, num_tokens, size)]
         batches = [rows[i : i + self.micro_batch_size] for i in range(0, len(rows), self.micro_batch_size)]
-        world, rank = self.attached.world_size, self.attached.global_rank
+        world, rank = self.mesh.data_parallel_size, self.mesh.data_parallel_rank
         mine = [batches[(i + rank) % len(batches)] for i in range(0, max(len(batches) // world, 1) * world, world)]
-        return HeldoutBatches([self._counted([fill(batch, size, self.table, self.pad_token_id)])[0] for batch in mine])
+        return HeldoutBatches([self._mine([fill(batch, size, self.table, self.pad_token_id)])[0] for batch in mine])
+
+    def state_dict(self) -> dict[str, int]:
+        """The data's position is the step, as long as steps stay as large."""
+        return {"tokens_per_step": self.tokens_per_step}
 
     def heldout_documents(self) -> list[npt.NDArray[np.int32]]:
         """Every held-out source's tokens, in an order that is the same on every machine."""
         return [self.table.tokens(document) for document in self.unseen_documents]
 
     def step_batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of an optimizer step."""
-        rank, world = self.attached.global_rank, self.attached.world_size
+        """This rank's part of its micro-batches of an optimizer step."""
         length = self.packer.length_at(step)
-        indices = range(rank, self.packer.num_micro_batches, world)
+        indices = range(self.mesh.data_parallel_rank, self.packer.num_micro_batches, self.mesh.data_parallel_size)
         rows = (self.packer.rows(step, index) for index in indices)
-        return self._counted([fill(batch, length, self.table, self.pad_token_id) for batch in rows])
+        return self._mine([fill(batch, length, self.table, self.pad_token_id) for batch in rows])
 
-    @staticmethod
-    def _counted(batches: list[Batch]) -> list[Batch]:
-        num_valid_tokens = sum(int((batch["labels"] != -100).sum()) for batch in batches)
-        return [{**batch, "num_valid_tokens": num_valid_tokens} for batch in batches]
+    def _mine(self, batches: list[Batch]) -> list[Batch]:
+        """This rank's part of each row, with the step's valid tokens in it. A row's tokens are counted on one rank."""
+        part = self.mesh.part(batches[0]["input_ids"].shape[1])
+        first = self.mesh.sequence_parallel_rank == 0
+        mine = [
+            {
+                **{name: value[:, part] for name, value in batch.items() if name != "num_tokens"},
+                "num_tokens": batch["num_tokens"] if first else 0,
+                "sequence_length": batch["input_ids"].shape[1],
+            }
+            for batch in batches
+        ]
+        num_valid_tokens = sum(int((batch["labels"] != IGNORED).sum()) for batch in mine)
+        return [{**batch, "num_valid_tokens": num_valid_tokens} for batch in mine]
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        """Which rows are this rank's, and which part of them."""
+        return Mesh(
+            rank=self.attached.global_rank,
+            world_size=self.attached.world_size,
+            sequence_parallel_size=self.sequence_parallel_size,
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step, over all ranks, padding included."""
+        per_micro_batch = self.micro_batch_size * self.sequence_length
+        return per_micro_batch * self.attached.accumulate_grad_batches * self.mesh.data_parallel_size
 
     @cached_property
     def table(self) -> TokenTable:
@@ -143,7 +178,7 @@ class LongContextData(lightning.LightningDataModule):
             lengths=self.table.lengths,
             curriculum=self.curriculum,
             micro_batch_tokens=self.micro_batch_size * self.sequence_length,
-            num_micro_batches=self.attached.accumulate_grad_batches * self.attached.world_size,
+            num_micro_batches=self.attached.accumulate_grad_batches * self.mesh.data_parallel_size,
             seed=self.seed,
         )
 

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import HfDeepSpeedConfig  # type: ignore[attr-defined]
 
 from lctrain.attention.base import MaskedAttention
 from lctrain.errors import InputError
@@ -30,7 +31,8 @@ from lctrain.memory.savings import AutoSavings, Savings
 from lctrain.model import layers
 from lctrain.model.head import unwrap
 from lctrain.model.install import demand, install
-from lctrain.model.tuning import FullTuning, Tuning
+from lctrain.model.tuning import FullTuning, Tuning, keep_trained_in_fp32, num_elements
+from lctrain.parallel.ulysses import Ulysses, check_heads
 from lctrain.rope.base import RopeScheme
 
 log = logging.getLogger(__name__)
@@ -78,9 +80,9 @@ class ModelRecipe(ABC):
             log.info("attention: %s", replaced or f"the model's own window of {window} tokens is kept where it has one")
         return config
 
-    def check(self, lengths: Sequence[int], device_type: str = "cpu") -> None:
+    def check(self, lengths: Sequence[int], device_type: str = "cpu", sequence_parallel_size: int = 1) -> None:
         """Refuse, before any weight is read, what can't be trained there on rows of these lengths (ascending)."""
-        config = self.check_attention(lengths)
+        config = self.check_attention(lengths, sequence_parallel_size)
         choose(self.kernel, demand(config, self.torch_dtype(config), device_type))
         self._check_layers(config, device_type)
         if len(self.tokenizer) > config.vocab_size:
@@ -101,25 +103,49 @@ class ModelRecipe(ABC):
             fp8.check(torch.device(device_type))
             layers.quantize_frozen(skeleton)
 
-    def check_attention(self, lengths: Sequence[int]) -> PreTrainedConfig:
+    def check_attention(self, lengths: Sequence[int], sequence_parallel_size: int = 1) -> PreTrainedConfig:
         """The part of `check` that needs the config alone, which it returns."""
         config = self.config().get_text_config()
         if not hasattr(config, "num_key_value_heads"):
             raise InputError(f"{config.model_type} tells no num_key_value_heads; its attention can't be replaced")
         self.attention.check(config, list(lengths))
+        if sequence_parallel_size > 1:
+            if not self.attention.supports_sequence_parallel:
+                raise InputError(f"{type(self.attention).__name__} needs whole rows; use sequence_parallel_size=1")
+            check_heads(config.num_attention_heads, config.num_key_value_heads, sequence_parallel_size)
         return config
 
-    def build(self, device: torch.device | str = "cpu") -> PreTrainedModel | PeftModel:
-        """Load to `device`, install the attention on a kernel that runs there, choose what trains."""
-        model = self.load(self.config())
-        model.to(device)  # type: ignore[arg-type]
-        log.info("attention: %s on kernel %s", self.attention, install(model, self.attention, self.kernel))
+    def build(
+        self,
+        device: torch.device | str = "cpu",
+        ulysses: Ulysses | None = None,
+        zero3: Mapping[str, Any] | None = None,
+    ) -> PreTrainedModel | PeftModel:
+        """Load to `device`, install the attention on a kernel that runs there, choose what trains.
+
+        Under `zero3`, DeepSpeed's config, each parameter goes straight into its shards: no rank ever holds the model.
+        """
+        if zero3 is not None and self.precision == "fp8":
+            raise InputError(
+                "precision=fp8 scales whole matrices, and strategy=zero3 shards them; use another strategy"
+            )
+        config = self.config()
+        if zero3 is None:
+            model = self.load(config)
+            model.to(device)  # type: ignore[arg-type]
+        else:
+            bf16 = {"enabled": self.loaded_dtype(config) == torch.bfloat16}
+            known = HfDeepSpeedConfig({**zero3, "bf16": bf16})  # transformers shards for as long as this lives
+            model = self.load(config)
+            del known
+        kernel = install(model, self.attention, self.kernel, ulysses)
+        log.info("attention: %s on kernel %s", self.attention, kernel)
         tuned = self._tune(model)
         liger = layers.uses_liger(self.layer_kernel, model.device.type)
         self.hasten(unwrap(tuned), layers.liger() if liger else None, PinnedHost())
         log.info("layers: %s; memory: %s", "Liger's" if liger else "transformers'", self.memory)
-        trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in tuned.parameters())
+        trainable = sum(num_elements(p) for p in tuned.parameters() if p.requires_grad)
+        total = sum(num_elements(p) for p in tuned.parameters())
         log.info("parameters: %s, %s trainable (%.2f%%)", f"{total:,}", f"{trainable:,}", 100 * trainable / total)
         return tuned
 
@@ -130,9 +156,7 @@ class ModelRecipe(ABC):
 
     def _tune(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
         tuned = self.tuning.apply(model)
-        for parameter in tuned.parameters():
-            if parameter.requires_grad:  # in bf16 a step of 2e-5 is lost beside a weight of 0.02
-                parameter.data = parameter.data.float()
+        keep_trained_in_fp32(tuned)
         return tuned
 
     def hasten(self, model: PreTrainedModel, kernels: layers.LayerKernels | None, host: Host) -> None:
@@ -157,6 +181,10 @@ class ModelRecipe(ABC):
     def autocasts(self) -> bool:
         """Whether the model is half precision: what trains is kept in fp32 then, and computed with in bf16."""
         return self.torch_dtype(self.config()) != torch.float32
+
+    def loaded_dtype(self, config: PreTrainedConfig) -> torch.dtype:
+        """What the weights are loaded in: fp32 where all of them train."""
+        return torch.float32 if self.tuning.trains_all else self.torch_dtype(config)
 
     def torch_dtype(self, config: PreTrainedConfig) -> torch.dtype:
         """What `dtype` means for a model of this config."""
@@ -194,7 +222,7 @@ class PretrainedModel(ModelRecipe):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.path,
                 config=config,
-                dtype=self.torch_dtype(config),
+                dtype=self.loaded_dtype(config),
                 revision=self.revision,
                 use_safetensors=self.use_safetensors,
                 trust_remote_code=self.trust_remote_code,
@@ -219,13 +247,13 @@ class PretrainedModel(ModelRecipe):
         except (OSError, ValueError) as error:
             raise InputError(f"model.path={self.path} has no tokenizer that loads: {_first_line(error)}") from error
 
-    def check(self, lengths: Sequence[int], device_type: str = "cpu") -> None:
+    def check(self, lengths: Sequence[int], device_type: str = "cpu", sequence_parallel_size: int = 1) -> None:
         self._check_weights()
         published = self._published_config()
         for key, value in (self.architecture or {}).items():
             if getattr(published, key, value) != value:
                 raise InputError(f"model.architecture.{key} is {value}, but {self.path} has {getattr(published, key)}")
-        super().check(lengths, device_type)
+        super().check(lengths, device_type, sequence_parallel_size)
 
     def _published_config(self, local_files_only: bool = False) -> PreTrainedConfig:
         self._check_folder()
@@ -272,17 +300,17 @@ class ScratchModel(ModelRecipe):
     architecture: Mapping[str, Any]
     tokenizer_path: str
 
-    def check(self, lengths: Sequence[int], device_type: str = "cpu") -> None:
+    def check(self, lengths: Sequence[int], device_type: str = "cpu", sequence_parallel_size: int = 1) -> None:
         if not isinstance(self.tuning, FullTuning):
             raise InputError("model=scratch starts from random weights, which must all train; use tuning=full")
-        super().check(lengths, device_type)
+        super().check(lengths, device_type, sequence_parallel_size)
 
     def base_config(self) -> PreTrainedConfig:
         special = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         return AutoConfig.for_model(**{**self.architecture, **special, "vocab_size": len(self.tokenizer)})
 
     def load(self, config: PreTrainedConfig) -> PreTrainedModel:
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=self.torch_dtype(config)))
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=self.loaded_dtype(config)))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

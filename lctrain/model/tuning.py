@@ -3,8 +3,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,6 +18,8 @@ from lctrain.kernels.low_rank import add_low_rank
 
 class Tuning(ABC):
     """Sets `requires_grad` of every parameter, and may wrap the model in PEFT's."""
+
+    trains_all: ClassVar[bool] = False  # every parameter, so that all are loaded in fp32
 
     @abstractmethod
     def apply(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
@@ -35,6 +38,8 @@ class Frozen(Tuning):
 @dataclass(frozen=True, kw_only=True)
 class FullTuning(Tuning):
     """Every parameter trains."""
+
+    trains_all: ClassVar[bool] = True
 
     def apply(self, model: PreTrainedModel) -> PreTrainedModel:
         model.requires_grad_(True)
@@ -60,9 +65,12 @@ class LoRALinear(PeftLinear):
         """W x + scaling · B A x; what is merged, disabled or dropped out is left to PEFT."""
         adapters = self.active_adapters
         plain = len(adapters) == 1 and not (self.disable_adapters or self.merged or args or kwargs)
-        if not plain or not isinstance(self.lora_dropout[adapters[0]], nn.Identity):
+        name = adapters[0] if plain else ""
+        sharded = plain and hasattr(
+            self.lora_A[name].weight, "ds_id"
+        )  # ZeRO-3 gathers what its own module computes with
+        if not plain or sharded or not isinstance(self.lora_dropout[name], nn.Identity):
             return super().forward(x, *args, **kwargs)
-        (name,) = adapters
         low, high = self.lora_A[name].weight, self.lora_B[name].weight
         x_NI = x.flatten(0, -2)
         y_NO = add_low_rank(self.base_layer(x_NI), x_NI, low, high, self.scaling[name])  # type: ignore[arg-type]
@@ -112,3 +120,24 @@ def unfreeze(model: nn.Module, patterns: Sequence[str]) -> None:
             raise InputError(f"tuning.trainable: no parameter name holds '{pattern}'")
         for parameter in matched:
             parameter.requires_grad_(True)
+
+
+def keep_trained_in_fp32(model: nn.Module) -> None:
+    """In bf16 a step of 2e-5 is lost beside a weight of 0.02."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad or parameter.dtype == torch.float32:
+                continue
+            if not hasattr(parameter, "ds_id"):
+                parameter.data = parameter.data.float()
+                continue
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):  # a shard can't change its type: it is made anew
+                whole = nn.Parameter(parameter.data.float())
+            module.register_parameter(name, whole)
+
+
+def num_elements(parameter: nn.Parameter) -> int:
+    """Of the whole parameter, where ZeRO-3 keeps a shard of it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -49,5 +49,5 @@ class Mesh:
         """The process group of those who share this rank's row; None where nobody does. Collective over all ranks."""
         if self.sequence_parallel_size == 1:
             return None
-        group, _ = dist.new_subgroups(self.sequence_parallel_size)
+        group: dist.ProcessGroup = dist.new_subgroups(self.sequence_parallel_size)[0]
         return group

@@ -6,7 +6,7 @@ import resource
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lctrain.errors import RunError
 from lctrain.plan.flops import device_peak_flops, training_flops
 from lctrain.training.checkpoint import Checkpoint
+from lctrain.training.strategy import ShardedCheckpoints
 
 REPORT_EVERY_SECONDS = 10.0  # without a terminal
 
@@ -33,8 +34,8 @@ class Metrics(Callback):
         self.last: dict[str, float] = {}
         self._tokens_seen = 0
         self._rates: list[float] = []
-        self._loss = 0.0
-        self._grad_norm = 0.0
+        self._loss = torch.zeros(())
+        self._grad_norm: float | None = None
         self._lr = 0.0
         self._step_tokens = 0
         self._started = 0.0
@@ -43,59 +44,67 @@ class Metrics(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._peak_flops = device_peak_flops(pl_module.device)
+        self._loss = torch.zeros((), device=pl_module.device)
         self._started = time.perf_counter()
         rows = [row for row in read_history(self.history) if row["step"] <= trainer.global_step]
         self._tokens_seen = int(rows[-1]["tokens"]) if rows else 0
-        write_aside(self.history, "".join(json.dumps(row) + "\n" for row in rows))
+        if trainer.is_global_zero:
+            write_aside(self.history, "".join(json.dumps(row) + "\n" for row in rows))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.perf_counter()  # validation is not training time
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        share = loss.item()  # of the step's mean: Lightning has divided it by the accumulation
-        accumulate = trainer.accumulate_grad_batches
-        micro_batch = f"{trainer.fit_loop.batch_idx % accumulate + 1}/{accumulate}"
-        self._require_finite(trainer, f"the loss of micro-batch {micro_batch}", share)
-        self._loss += share
+        # A share of the step's mean: Lightning has divided by the accumulation, and ranks are averaged.
+        self._loss = self._loss + loss.detach()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        self._grad_norm = float(torch.nn.utils.get_total_norm(gradients))
-        self._require_finite(trainer, "the gradient", self._grad_norm)
+        if (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # DeepSpeed's engine is stepped behind every micro-batch
+        self._loss = trainer.strategy.reduce(self._loss, reduce_op="mean")
+        self._require_finite(trainer, "the loss", float(self._loss), trainer.global_step + 1)
+        self._grad_norm = cast(ShardedCheckpoints, trainer.strategy).gradient_norm()
+        if self._grad_norm is not None:
+            self._require_finite(trainer, "the gradient", self._grad_norm, trainer.global_step + 1)
         self._lr = optimizer.param_groups[0]["lr"]
 
     @staticmethod
-    def _require_finite(trainer: Trainer, what: str, value: float) -> None:
+    def _require_finite(trainer: Trainer, what: str, value: float, step: int) -> None:
         """RunError, which names the step (a batch is a pure function of it) and the checkpoint to go back to."""
         if math.isfinite(value):
             return
         written = [path for c in trainer.callbacks if isinstance(c, Checkpoint) for path in c.written()]  # type: ignore[attr-defined]
         last = f"the last checkpoint is {written[-1]}" if written else "there is no checkpoint yet"
-        raise RunError(f"{what} of step {trainer.global_step + 1} is {value}; nothing was updated, {last}")
+        raise RunError(f"{what} of step {step} is {value}; nothing was updated, {last}")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        accumulate = trainer.accumulate_grad_batches
-        self._step_tokens += batch["num_tokens"] * trainer.world_size
-        if (batch_idx + 1) % accumulate:
+        self._step_tokens += batch["num_tokens"]
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        if self._grad_norm is None:
+            self._grad_norm = cast(ShardedCheckpoints, trainer.strategy).applied_gradient_norm()
+            self._require_finite(trainer, "the gradient", self._grad_norm, trainer.global_step)
+        tokens = torch.tensor(self._step_tokens, device=pl_module.device)
+        self._step_tokens = int(trainer.strategy.reduce(tokens, reduce_op="sum"))
         now = time.perf_counter()
         elapsed, self._started = now - self._started, now
         self._tokens_seen += self._step_tokens
-        self._record(trainer, pl_module, batch["input_ids"].shape[1], elapsed)
-        self._loss, self._step_tokens = 0.0, 0
+        self._record(trainer, pl_module, batch["sequence_length"], elapsed)
+        self._loss, self._step_tokens = torch.zeros((), device=pl_module.device), 0
 
     def _record(self, trainer: Trainer, module: Any, length: int, elapsed: float) -> None:
         if length not in self._flops_per_token:
             self._flops_per_token[length] = training_flops(module.model, module.recipe.attention, length)
         flops = self._flops_per_token[length] * self._step_tokens
+        loss = float(self._loss)
         self.last = {
-            "loss": self._loss,
-            "perplexity": math.exp(min(self._loss, 80.0)),
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 80.0)),
             "sequence_length": length,
             "lr": self._lr,
-            "grad_norm": self._grad_norm,
+            "grad_norm": cast(float, self._grad_norm),
             "tokens_per_second": self._step_tokens / elapsed,
             "model_flops_utilization": flops / elapsed / self._peak_flops / trainer.world_size,
             "peak_memory_gib": peak_memory_gib(),

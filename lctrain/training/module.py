@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 from lctrain.errors import InputError
 from lctrain.model.head import IGNORED, check_head, hidden_states, token_losses
 from lctrain.model.recipe import ModelRecipe
+from lctrain.parallel.ulysses import Ulysses
 from lctrain.training.objective import Objective
+from lctrain.training.strategy import ShardedCheckpoints
 
 NUM_POSITION_BUCKETS = 8
 
@@ -55,12 +57,21 @@ class LongContextModule(LightningModule):
             raise InputError(f"optimizer or scheduler: {error}") from error
 
     def configure_model(self) -> None:
-        if not hasattr(self, "model"):
-            self.model = self.recipe.build(self.trainer.strategy.root_device)
+        if hasattr(self, "model"):
+            return
+        group = self.trainer.datamodule.mesh.sequence_group()  # type: ignore[attr-defined]
+        strategy = cast(ShardedCheckpoints, self.trainer.strategy)
+        self.model = self.recipe.build(strategy.root_device, Ulysses(group) if group else None, strategy.zero3)
+        self.model.train()
 
-    def on_fit_start(self) -> None:
+    def forward(self) -> None:
+        """Refuse a model whose logits the loss does not know; a forward, so that a sharded model can run it."""
         with self._autocast():
             check_head(self.model)
+
+    def on_train_start(self) -> None:
+        with torch.no_grad():
+            cast(Any, self.trainer.model)()
         self.model.train()
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
@@ -85,8 +96,8 @@ class LongContextModule(LightningModule):
         with self._autocast():
             hidden = hidden_states(self.model, batch["input_ids"], batch["position_ids"])
             losses_N = token_losses(self.model, hidden, batch["labels"])[1]
-        valid, self._row_length = batch["labels"] != IGNORED, batch["labels"].shape[1]
-        buckets_N = batch["position_ids"][valid] * NUM_POSITION_BUCKETS // batch["input_ids"].shape[1]
+        valid, self._row_length = batch["labels"] != IGNORED, batch["sequence_length"]
+        buckets_N = batch["position_ids"][valid] * NUM_POSITION_BUCKETS // batch["sequence_length"]
         sums = torch.zeros(2, NUM_POSITION_BUCKETS, dtype=torch.float64, device=losses_N.device)
         sums[0].index_add_(0, buckets_N, losses_N.double())
         sums[1].index_add_(0, buckets_N, torch.ones_like(losses_N, dtype=torch.float64))
@@ -118,15 +129,3 @@ class LongContextModule(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
         }
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        trainable = {name for name, p in self.named_parameters() if p.requires_grad}
-        if trainable != state_dict.keys():
-            differ = sorted(trainable ^ state_dict.keys())
-            raise InputError(
-                f"the checkpoint was written with another tuning: {len(differ)} parameters differ, e.g. {differ[0]}"
-            )
-        return super().load_state_dict(state_dict, strict=False, assign=assign)

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -12,7 +13,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
+from lctrain.checkpoint import read_state
 from lctrain.config import dump, public
+from lctrain.data.datamodule import LongContextData
 from lctrain.errors import InputError
 from lctrain.evaluation.run import check as check_evaluation
 from lctrain.folder import RunFolder
@@ -26,6 +29,9 @@ FREE_TO_CHANGE = (
     *("run_dir", "resume", "logger", "callbacks.", "evaluation.", "evaluation_attention.", "hydra."),
     *("memory.", "model.memory.", "module.recipe.memory."),
     *("datamodule.cache_dir", "trainer.max_steps", "trainer.val_check_interval", "trainer.enable_"),
+    # How a step is divided, as long as it is the same step: `_check_tokens_per_step`.
+    *("strategy.", "trainer.strategy.", "trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches"),
+    *("sequence_parallel_size", "datamodule.sequence_parallel_size", "datamodule.micro_batch_size", "slurm."),
 )
 
 
@@ -61,11 +67,12 @@ def train(cfg: DictConfig) -> Trained:
     device = trainer.strategy.root_device
     _check_positions(module.recipe)
     module.recipe = resolve(cfg, module.recipe, datamodule.curriculum.lengths(), device)
-    module.recipe.check(datamodule.curriculum.lengths(), device.type)
+    module.recipe.check(datamodule.curriculum.lengths(), device.type, cfg.sequence_parallel_size)
     if not any(p.requires_grad for p in module.recipe.skeleton(module.recipe.config()).parameters()):
         raise InputError(f"{module.recipe.tuning} leaves nothing to train; choose another tuning")
     module.check(device)
     datamodule.trainer = trainer
+    _check_tokens_per_step(folder.resume_from(cfg.resume), datamodule)
     datamodule.prepare_data()
     datamodule.setup("fit")
     if cfg.evaluation:  # refused now, not after the last step
@@ -88,6 +95,17 @@ def train(cfg: DictConfig) -> Trained:
         loggers=trainer.loggers,
         is_global_zero=trainer.is_global_zero,
     )
+
+
+def _check_tokens_per_step(checkpoint: Path | None, datamodule: LongContextData) -> None:
+    """However a step is divided over ranks and accumulation, a continued run must take the same steps."""
+    now = datamodule.tokens_per_step
+    before = read_state(checkpoint)[type(datamodule).__qualname__]["tokens_per_step"] if checkpoint else now
+    if before != now:
+        raise InputError(
+            f"{checkpoint} was written by steps of {before:,} tokens, these would be of {now:,}: keep the product of "
+            "datamodule.micro_batch_size, trainer.accumulate_grad_batches and the devices that read different rows"
+        )
 
 
 def _check_positions(recipe: ModelRecipe) -> None:

@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from lctrain import config
+from lctrain.checkpoint import read_values
 
 ELSEWHERE = ("data", "curriculum", "evaluation")  # their rooms build every one of theirs
 CHOICES = [
@@ -39,7 +40,7 @@ def outcome(trained: Any, folder: Path) -> dict[str, Any]:
     kept = ("step", "loss", "lr", "grad_norm", "sequence_length", "tokens")
     rows = [tuple(row[name] for name in kept) for row in trained.history]
     checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    weights = torch.load(folder / "checkpoints" / checkpoints[-1], weights_only=True)["state_dict"]
+    weights = read_values(folder / "checkpoints" / checkpoints[-1])
     validated = "".join(path.read_text() for path in folder.glob("csv/*/metrics.csv")).count("\n")
     digest = [float(tensor.double().sum()) for tensor in weights.values()]
     strict = torch.are_deterministic_algorithms_enabled()
@@ -59,8 +60,16 @@ EFFECTS = {  # each field that a run's groups have: what to run beside it, the c
         "checkpoint.every_num_steps": "1", "checkpoint.every_num_minutes": "1e-9", "checkpoint.num_kept": "1",
     },
 }  # fmt: skip
-FIXED = {  # where it runs, and what lctrain does itself
-    *("accelerator", "devices", "num_nodes", "check_val_every_n_epoch", "enable_checkpointing", "enable_progress_bar"),
+FIXED = {  # where it runs (tests/parallel), and what lctrain does itself
+    *(
+        "accelerator",
+        "devices",
+        "num_nodes",
+        "strategy",
+        "check_val_every_n_epoch",
+        "enable_checkpointing",
+        "enable_progress_bar",
+    ),
     *("enable_model_summary", "use_distributed_sampler", "num_sanity_val_steps"),
     *("_target_", "_partial_", "metrics.folder", "checkpoint.folder"),
 }

@@ -1,6 +1,7 @@
 """The loss is the mean over the valid tokens of the whole step, however the step is divided; so is what it updates."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from lightning import Callback
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from lctrain.checkpoint import read_values
 from lctrain.errors import InputError
 from lctrain.training.metrics import read_history
 
@@ -37,7 +39,7 @@ def step(run, tmp_path):
         name = f"{tmp_path}/{accumulate}x{micro_batch_size}"
         sizes = [f"trainer.accumulate_grad_batches={accumulate}", f"datamodule.micro_batch_size={micro_batch_size}"]
         run(f"run_dir={name}", f"+callbacks.batches._target_={__name__}.Batches", *sizes, *ONE_STEP, *overrides)
-        state = torch.load(f"{name}/checkpoints/step-00000001.ckpt", weights_only=True)["state_dict"]
+        state = read_values(Path(f"{name}/checkpoints/step-00000001.ckpt"))
         return Batches.seen, read_history(tmp_path / name / "metrics.jsonl")[0], state
 
     return taken
@@ -82,7 +84,10 @@ def test_a_step_without_a_valid_token_changes_nothing(step, monkeypatch, saved):
     plain = LongContextData.step_batches
 
     def masked(self, index):
-        return self._counted([{**b, "labels": torch.full_like(b["labels"], -100)} for b in plain(self, index)])
+        return [
+            {**batch, "labels": torch.full_like(batch["labels"], -100), "num_valid_tokens": 0}
+            for batch in plain(self, index)
+        ]
 
     monkeypatch.setattr(LongContextData, "step_batches", masked)
     _, row, weights = step(1, 1, "optimizer=sgd", "optimizer.lr=1")
@@ -146,9 +151,6 @@ def test_small_updates_of_a_bf16_model_are_not_lost(run, tmp_path):
     """At 2e-5, which bf16 rounds away beside most weights, embeddings, norms and adapters all move."""
     small = ["model.dtype=bfloat16", "tuning=longlora", "optimizer.lr=2e-5", "scheduler.num_warmup_steps=0"]
     run(f"run_dir={tmp_path}/bf16", *small, "trainer.max_steps=3", "callbacks.checkpoint.every_num_steps=1")
-    first, last = (
-        torch.load(f"{tmp_path}/bf16/checkpoints/step-0000000{step}.ckpt", weights_only=True)["state_dict"]
-        for step in (2, 3)
-    )
+    first, last = (read_values(tmp_path / f"bf16/checkpoints/step-0000000{step}.ckpt") for step in (2, 3))
     assert {weight.dtype for weight in last.values()} == {torch.float32}
     assert [name for name in last if torch.equal(first[name], last[name])] == []

@@ -57,7 +57,6 @@ CHANGES = {
     "seed=1": "seed was 0",
     "rope=yarn": "rope._target_ was lctrain.rope.linear.LinearScaling",
     "tuning=lora": "tuning._target_",
-    "trainer.accumulate_grad_batches=2": "trainer.accumulate_grad_batches was 1",
     "trainer.precision=bf16-mixed": "trainer.precision was 32-true",
     "trainer.gradient_clip_val=0.1": "trainer.gradient_clip_val was 1.0",
     "trainer.max_steps=9": "scheduler.num_steps was 4",
@@ -72,6 +71,11 @@ def test_a_run_goes_on_only_as_it_began(run, tmp_path):
             run("resume=auto", change)
     with pytest.raises(InputError, match=f"resume={path}: seed"):
         run(f"resume={path}", "seed=1")
+    for change in ("trainer.accumulate_grad_batches=2", "datamodule.micro_batch_size=3"):
+        with pytest.raises(
+            InputError, match=rf"steps of \d+ tokens, these would be of \d+: keep the product of .*{change[:9]}"
+        ):
+            run("resume=auto", change)
 
 
 def test_what_does_not_change_a_step_may_change(run, tmp_path):

@@ -1,0 +1,292 @@
+"""How a run is spread over devices, and how each way writes and reads the one checkpoint format."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from torch import Tensor
+from torch.nn import Parameter
+
+from lctrain import checkpoint
+from lctrain.checkpoint import VALUE, ParameterState
+from lctrain.errors import InputError
+from lctrain.folder import STATE_FILE
+from lctrain.training.generators import restore_rng, rng_state
+
+
+class ShardedCheckpoints(Strategy):
+    """Every rank writes its share of the trained parameters, whole; every rank reads those that it needs.
+
+    Where a way of training keeps parameters and optimizer states whole, `parameter_state` and `load_parameter` are
+    these; where it shards them, they gather and scatter one at a time.
+    """
+
+    global_rank: int
+    world_size: int
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True  # optimizers and shards must exist
+
+    def trained(self) -> dict[str, Parameter]:
+        """What a checkpoint holds, by its name in the model."""
+        assert self.lightning_module is not None
+        return {name: p for name, p in self.lightning_module.named_parameters() if p.requires_grad}
+
+    def parameter_state(self, parameter: Parameter) -> ParameterState:
+        """The whole parameter and its optimizer states. Collective: every rank asks for the same one."""
+        return {VALUE: parameter.detach(), **self.torch_optimizer.state.get(parameter, {})}
+
+    def load_parameter(self, parameter: Parameter, state: ParameterState) -> None:
+        """The inverse of `parameter_state`."""
+        parameter.data.copy_(state[VALUE])
+        if len(state) > 1:
+            self.torch_optimizer.state[parameter] = {
+                name: entry.clone() if entry.dim() == 0 else entry.to(parameter.device, copy=True)
+                for name, entry in state.items()
+                if name != VALUE
+            }
+
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer behind what wraps it."""
+        return self.optimizers[0]
+
+    @property
+    def zero3(self) -> dict[str, Any] | None:
+        """What to shard parameters by while they are loaded."""
+        return None
+
+    def gradient_norm(self) -> float | None:
+        """Of the whole gradient, before it is clipped; None where it is known only after the step."""
+        gradients = [p.grad for p in self.trained().values() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def applied_gradient_norm(self) -> float:
+        """Where `gradient_norm` is None: of the step just taken, or not finite if the step was not taken."""
+        raise NotImplementedError
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {}  # written by `save_checkpoint`, a parameter at a time
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        return {}
+
+    def save_checkpoint(self, checkpoint_: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write this rank's file into the new folder `filepath`, and on the first rank what all share.
+
+        OSError on every rank if a disk refuses any of them.
+        """
+        folder, mine = Path(filepath), {}
+        for i, (name, parameter) in enumerate(self.trained().items()):
+            state = self.parameter_state(parameter)
+            if i % self.world_size == self.global_rank:
+                mine[name] = {key: entry.cpu() for key, entry in state.items() if isinstance(entry, Tensor)}
+        with self._together():
+            if self.is_global_zero:
+                shutil.rmtree(folder, ignore_errors=True)  # what a crash left
+                folder.mkdir(parents=True)
+                groups = [{k: v for k, v in g.items() if k != "params"} for g in self.torch_optimizer.param_groups]
+                checkpoint.write(folder / STATE_FILE, {**checkpoint_, "param_groups": groups})
+        with self._together():
+            content = {"parameters": mine, "rng": rng_state()}
+            checkpoint.write_rank(folder, self.global_rank, self.world_size, content)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """What one rank's disk refuses is refused on all of them: nobody waits for those who gave up."""
+        refused: OSError | None = None
+        try:
+            yield
+        except OSError as error:
+            refused = error
+        if self.reduce_boolean_decision(refused is not None, all=False):
+            raise refused or OSError("another rank's disk refused")
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        self._checkpoint = Path(self.broadcast(str(checkpoint_path)))  # the first rank read it against its checksums
+        return checkpoint.read_state(self._checkpoint)
+
+    def load_model_state_dict(self, checkpoint_: Mapping[str, Any], strict: bool = True) -> None:
+        found, trained = checkpoint.read_parameters(self._checkpoint), self.trained()
+        checkpoint.check_names(self._checkpoint, found, trained)
+        for name, parameter in trained.items():
+            self.load_parameter(parameter, found[name])
+
+    def load_optimizer_state_dict(self, checkpoint_: Mapping[str, Any]) -> None:
+        for group, saved in zip(self.torch_optimizer.param_groups, checkpoint_["param_groups"], strict=True):
+            group.update(saved)
+        mine = checkpoint.read_rank(self._checkpoint, self.global_rank)
+        if mine is not None:  # else a rank that was not there: it keeps the generators that the seed gave it
+            restore_rng(mine["rng"])
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+
+class SingleDevice(ShardedCheckpoints, SingleDeviceStrategy):
+    """One process on one device."""
+
+    @property
+    def root_device(self) -> torch.device:
+        return self._root_device
+
+    @property
+    def parallel_devices(self) -> list[torch.device]:
+        """Set by the trainer, which knows what `trainer.devices` means."""
+        return []
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device]) -> None:
+        if len(devices) != 1:
+            raise InputError(
+                f"strategy=single is for one device, trainer.devices gives {len(devices)}; use ddp or zero1"
+            )
+        self._root_device = devices[0]
+
+
+class DDP(ShardedCheckpoints, DDPStrategy):
+    """Every device holds the whole model and reads other rows; gradients are averaged (DistributedDataParallel)."""
+
+    def __init__(self, *, timeout_minutes: float) -> None:
+        super().__init__(timeout=timedelta(minutes=timeout_minutes), gradient_as_bucket_view=True)
+
+
+class ZeRO(ShardedCheckpoints, DeepSpeedStrategy):
+    """ZeRO (Rajbhandari et al., arXiv:1910.02054) by DeepSpeed: what training keeps is sharded over all devices.
+
+    Stage 1 shards optimizer states, 2 gradients too, 3 also parameters, which then are never whole on a device but for
+    the layer that runs. Offloading keeps optimizer states (and under stage 3 parameters) in the host's memory.
+    What trains is kept in fp32 and the forward autocasts, as without ZeRO, so that all strategies compute the same.
+
+    Deviations from Lightning's DeepSpeedStrategy: it runs on CPU devices (gloo) too, gradients are divided by the
+    accumulation once instead of twice, and checkpoints are those of all other strategies.
+    """
+
+    def __init__(
+        self,
+        *,
+        stage: int,
+        offload_optimizer: bool,
+        offload_parameters: bool,
+        bucket_size: int,
+        timeout_minutes: float,
+    ) -> None:
+        if stage not in (1, 2, 3):
+            raise InputError(f"strategy.stage={stage} is none of 1, 2, 3")
+        if offload_parameters and stage != 3:
+            raise InputError(f"strategy.offload_parameters needs stage 3, which shards them; this is stage {stage}")
+        super().__init__(
+            stage=stage,
+            offload_optimizer=offload_optimizer,
+            offload_parameters=offload_parameters,
+            allgather_bucket_size=bucket_size,
+            reduce_bucket_size=bucket_size,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+        assert isinstance(self.config, dict)
+        self.config["zero_force_ds_cpu_optimizer"] = False  # torch's own optimizer runs on offloaded states
+
+    def setup_environment(self) -> None:
+        assert self.accelerator is not None
+        if self.root_device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices or []))]
+        self.accelerator.setup_device(self.root_device)
+        self.setup_distributed()
+
+    def setup_distributed(self) -> None:
+        import deepspeed
+
+        if self.root_device.type == "cpu":  # else a C++ extension is compiled first, for a minute
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        super().setup_distributed()
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Nothing: the recipe shards what it loads by `zero3`."""
+        yield
+
+    @property
+    def zero3(self) -> dict[str, Any] | None:
+        """DeepSpeed's config where parameters are sharded."""
+        self._init_config_if_needed()
+        assert isinstance(self.config, dict)
+        return {"train_micro_batch_size_per_gpu": 1, **self.config} if self.zero_stage_3 else None
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        return cast(torch.optim.Optimizer, self.deepspeed_engine.optimizer.optimizer)
+
+    def gradient_norm(self) -> None:
+        return None
+
+    def applied_gradient_norm(self) -> float:
+        if not self.deepspeed_engine.was_step_applied():
+            return float("nan")
+        return float(self.deepspeed_engine.get_global_grad_norm())
+
+    def parameter_state(self, parameter: Parameter) -> ParameterState:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        flat: ParameterState = next(iter(self.torch_optimizer.state.values()), {})
+        return {VALUE: safe_get_full_fp32_param(parameter)} | {
+            name: safe_get_full_optimizer_state(parameter, name) if entry.dim() else entry
+            for name, entry in flat.items()
+            if isinstance(entry, Tensor)
+        }
+
+    def load_model_state_dict(self, checkpoint_: Mapping[str, Any], strict: bool = True) -> None:
+        entries = next(iter(checkpoint.read_parameters(self._checkpoint).values()), {})
+        self._make_states({name: entry for name, entry in entries.items() if name != VALUE})
+        super().load_model_state_dict(checkpoint_, strict)
+
+    def _make_states(self, entries: ParameterState) -> None:
+        """The optimizer's states over this rank's flat shards, as its first step would make them."""
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        for group in self.torch_optimizer.param_groups:
+            for flat in group["params"]:
+                self.torch_optimizer.state[flat] = {
+                    name: torch.zeros_like(flat) if entry.dim() else entry.clone() for name, entry in entries.items()
+                }
+        zero = self.deepspeed_engine.optimizer
+        for parameters, flat in zip(getattr(zero, "bit16_groups", []), self._flat_shards(), strict=False):
+            lazy_init_hp_params_optimizer_state(parameters, flat, self.torch_optimizer.state)
+
+    def _flat_shards(self) -> list[Tensor]:
+        return [flat for group in self.torch_optimizer.param_groups for flat in group["params"]]
+
+    def load_parameter(self, parameter: Parameter, state: ParameterState) -> None:
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        safe_set_full_fp32_param(parameter, state[VALUE])
+        for name, entry in state.items():
+            if name != VALUE and entry.dim():
+                safe_set_full_optimizer_state(parameter, entry, name)
+        if hasattr(parameter, "ds_tensor"):  # stage 3: the shard that is computed with
+            parameter.ds_tensor.data.copy_(safe_get_local_fp32_param(parameter))
+        if parameter.numel():  # whole here: stages 1 and 2, and what is too small to be sharded
+            parameter.data.copy_(state[VALUE])
+
+
+def automatic(*, devices: int | str | list[int], num_nodes: int, timeout_minutes: float) -> Strategy:
+    """One process: `SingleDevice`; several: `DDP`."""
+    several = num_nodes > 1 or (len(devices) if isinstance(devices, list) else _count(devices)) > 1
+    return DDP(timeout_minutes=timeout_minutes) if several else SingleDevice()
+
+
+def _count(devices: int | str) -> int:
+    if str(devices) in ("auto", "-1"):
+        return max(1, torch.cuda.device_count())
+    return int(devices) if str(devices).isdigit() else str(devices).count(",") + 1
