@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
@@ -18,6 +18,7 @@ from lctrain.benchmark.random_model import RandomModel
 from lctrain.data.batch import Batch
 from lctrain.errors import RunError
 from lctrain.memory.savings import Savings
+from lctrain.parallel.mesh import Mesh
 from lctrain.plan.run import resolve
 from lctrain.training.module import LongContextModule
 
@@ -84,7 +85,7 @@ def measure(
         batches: Any = _batches(module.recipe, length, warm_up + num_steps)
         if warm_up and cfg.warm_up_length:
             batches[:warm_up] = _batches(module.recipe, min(length, cfg.warm_up_length), warm_up)
-        trainer.fit(module, DataLoader(batches, batch_size=None))
+        trainer.fit(module, datamodule=_Rows(batches))
         peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
     finally:
         trainer.strategy.teardown()
@@ -100,6 +101,19 @@ def measure(
         host_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
         memory=str(memory_used),
     )
+
+
+class _Rows(LightningDataModule):
+    """The batches as they are, on one device."""
+
+    mesh = Mesh(rank=0, world_size=1, sequence_parallel_size=1)
+
+    def __init__(self, batches: Any) -> None:
+        super().__init__()
+        self._batches = batches
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self._batches, batch_size=None)
 
 
 def _module(cfg: DictConfig, length: int, device: torch.device, memory: Savings | None) -> LongContextModule:

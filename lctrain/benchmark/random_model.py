@@ -34,7 +34,7 @@ class RandomModel(ModelRecipe):
             return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=self.torch_dtype(config)))
 
     def check(self, lengths: Sequence[int], device_type: str = "cpu", sequence_parallel_size: int = 1) -> None:
-        config = self.check_attention(lengths)
+        config = self.check_attention(lengths, sequence_parallel_size)
         choose(self.kernel, demand(config, self.torch_dtype(config), device_type))
         self._check_layers(config, device_type)
 

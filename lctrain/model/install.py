@@ -142,7 +142,7 @@ class _Installed:
         layout = Layout(
             length=mask.kv_length,
             num_attention_heads=q.shape[1] * num_ranks,
-            num_key_value_heads=q.shape[1] * num_ranks // module.num_key_value_groups,  # type: ignore[operator, arg-type]
+            num_key_value_heads=q.shape[1] * num_ranks // int(module.num_key_value_groups),  # type: ignore[arg-type]
             layer_idx=module.layer_idx,  # type: ignore[arg-type]
             first_head=q.shape[1] * rank,
             decoding=mask.q_length != mask.kv_length,

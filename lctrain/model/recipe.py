@@ -125,6 +125,10 @@ class ModelRecipe(ABC):
 
         Under `zero3`, DeepSpeed's config, each parameter goes straight into its shards: no rank ever holds the model.
         """
+        if zero3 is not None and self.precision == "fp8":
+            raise InputError(
+                "precision=fp8 scales whole matrices, and strategy=zero3 shards them; use another strategy"
+            )
         config = self.config()
         if zero3 is None:
             model = self.load(config)

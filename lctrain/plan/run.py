@@ -130,13 +130,19 @@ def plan(cfg: DictConfig) -> Plan:
 def resolve(
     cfg: DictConfig, recipe: ModelRecipe, lengths: Sequence[int], device: torch.device, num_devices: int
 ) -> ModelRecipe:
-    """The recipe with savings that fit on `device`, one of so many, instead of memory=auto; any other as it is."""
+    """The recipe with savings that fit on `device`, one of so many, in place of memory=auto. InputError if none do."""
     if not isinstance(recipe.memory, AutoSavings):
         return recipe
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * SPARE
+    free = torch.cuda.mem_get_info(device)[0] * SPARE if device.type == "cuda" else host
     step = _step(cfg, recipe, lengths[-1], num_devices)
-    resolved, memory = _memory_of(cfg, recipe, step, device=free * SPARE, host=host * SPARE)
+    resolved, memory = _memory_of(cfg, recipe, step, device=free, host=host)
+    limit = (recipe.memory.device_memory or free / GIB) * GIB
+    if memory.peak > limit:
+        raise InputError(
+            f"memory=auto: {memory.peak / GIB:.1f} GiB are needed at the least and there are {limit / GIB:.1f}; "
+            "take a shorter sequence_length, a smaller model or more devices"
+        )
     log.info("memory=auto: %s; %.1f GiB planned", resolved.memory, memory.peak / GIB)
     return resolved
 
@@ -276,6 +282,5 @@ def _memory(planned: Plan) -> Table:
         table.add_row(name, f"{size / GIB:,.2f}", WHAT[name])
     table.add_section()
     table.add_row("peak", f"{planned.memory.peak / GIB:,.2f}", "they are not all there at once")
-    if planned.memory.host:
-        table.add_row("on the host", f"{planned.memory.host / GIB:,.2f}", "pinned")
+    table.add_row("host", f"{planned.memory.host / GIB:,.2f}", "pinned, beside the device")
     return table

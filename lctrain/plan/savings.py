@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 
-from lctrain.errors import InputError
 from lctrain.memory.savings import NOTHING, Savings
 from lctrain.plan.memory import Memory
 
@@ -17,21 +16,18 @@ GROUPS = (2, 3, 4)  # layers between two kept inputs; the more, the more inputs 
 def choose_savings(
     num_layers: int, length: int, plan: Callable[[Savings], Memory], *, device: float, host: float, dropout: bool
 ) -> tuple[Savings, Memory]:
-    """The first of `ladder` that fits into `device` and `host` bytes, and its plan. InputError if none does."""
+    """The first of `ladder` that fits into `device` and `host` bytes, or else the smallest; and its plan."""
     known = cache(plan)
     tile = max(MLP_TILE, length // MAX_TILES)
     recomputed = replace(NOTHING, checkpoint_layers=num_layers, save_attention=num_layers, mlp_tile=tile)
     num_hosted = min(num_layers, int(host // known(replace(recomputed, offload=1)).host)) if host else 0
-    least = float("inf")
-    for rung in ladder(recomputed, num_hosted=num_hosted, groups=() if dropout else GROUPS):
-        least = min(least, known(rung[-1]).peak)
+    rungs = list(ladder(recomputed, num_hosted=num_hosted, groups=() if dropout else GROUPS))
+    for rung in rungs:
         if known(rung[-1]).peak <= device:
             chosen = rung[bisect_left(rung, True, key=lambda savings: known(savings).peak <= device)]
             return chosen, known(chosen)
-    raise InputError(
-        f"memory=auto: {least / 2**30:.1f} GiB are needed at the least and there are {device / 2**30:.1f}; "
-        "take a shorter sequence_length, a smaller model or more devices"
-    )
+    smallest = min((rung[-1] for rung in rungs), key=lambda savings: known(savings).peak)
+    return smallest, known(smallest)
 
 
 def ladder(recomputed: Savings, *, num_hosted: int, groups: Sequence[int]) -> Iterator[Sequence[Savings]]:

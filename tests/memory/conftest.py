@@ -18,12 +18,23 @@ NUM_LAYERS = 5
 
 
 class Outcome(NamedTuple):
-    """Of one forward and backward."""
+    """Of one forward and backward; what the host was given in between."""
 
     loss: Tensor
     gradients: dict[str, Tensor]
     num_attentions: int
-    kept: int  # bytes that the graph holds on to between forward and backward, parameters apart
+    num_mlp_tokens: list[int]  # of each call of a layer's up_proj
+    num_hosted: int
+
+
+class CountedHost(PinnedHost):
+    """Counts the tensors it is given."""
+
+    num_hosted = 0
+
+    def put(self, tensor: Tensor) -> Any:
+        self.num_hosted += 1
+        return super().put(tensor)
 
 
 @pytest.fixture
@@ -43,28 +54,18 @@ def step(tiny, ids) -> Callable[..., Outcome]:
     model = tiny("llama", num_hidden_layers=NUM_LAYERS)
     model.set_attn_implementation("counted")
 
-    def once(savings: Savings = NOTHING, prepare: Callable[[Any], Any] = lambda model: model) -> Outcome:
+    def once(savings: Savings = NOTHING, prepare: Callable[[Any], Any] = lambda model: None) -> Outcome:
         nonlocal num_attentions
-        trained = prepare(deepcopy(model).train())
-        savings.apply(trained, PinnedHost())
-        num_attentions = 0
+        trained, host, num_attentions = deepcopy(model).train(), CountedHost(), 0
+        prepare(trained)
+        savings.apply(trained, host)
+        tokens: list[int] = []
+        for layer in trained.model.layers:
+            layer.mlp.up_proj.register_forward_pre_hook(lambda module, args: tokens.append(args[0].shape[1]))
         hidden = trained.model(ids(2, 40), use_cache=False).last_hidden_state
         loss = (hidden * torch.arange(hidden.shape[-1])).square().mean()
-        own = {x.untyped_storage()._cdata for x in (*trained.parameters(), *trained.buffers())}
-        kept = held_bytes(loss.grad_fn, own)
         loss.backward()
         gradients = {name: p.grad for name, p in trained.named_parameters() if p.grad is not None}
-        return Outcome(loss.detach(), gradients, num_attentions, kept)
+        return Outcome(loss.detach(), gradients, num_attentions, tokens, host.num_hosted)
 
     return once
-
-
-def held_bytes(root: Any, own: set[int]) -> int:
-    """Storages of all tensors that live, but for `own`."""
-    import gc
-
-    storages = {}
-    for found in gc.get_objects():
-        if isinstance(found, Tensor) and found.untyped_storage()._cdata not in own:
-            storages[found.untyped_storage()._cdata] = found.untyped_storage().nbytes()
-    return sum(storages.values())

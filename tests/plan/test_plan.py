@@ -269,7 +269,7 @@ def test_the_verdict_turns_at_the_peak():
     cfg.device_memory = planned.memory.peak / 2**30 * 0.5
     answer = verdict(planned, cfg)
     assert answer.startswith("does not fit: ")
-    assert "what would help: model.gradient_checkpointing=true" in answer
+    assert "what would help: memory=auto" in answer
 
 
 def test_prints_everything_and_allocates_nothing(capsys):
