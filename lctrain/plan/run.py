@@ -23,6 +23,7 @@ from lctrain.model.recipe import ModelRecipe
 from lctrain.plan.flops import training_flops
 from lctrain.plan.memory import Memory, Step, step_memory
 from lctrain.plan.savings import choose_savings
+from lctrain.plan.seconds import work
 from lctrain.plan.stand_ins import LAYER_KERNELS
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class Stage:
     length: int
     num_steps: int
     flops_per_token: float
+    seconds_per_token: float | None  # on one device, recomputation counted; None where nothing was measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +97,10 @@ def plan(cfg: DictConfig) -> Plan:
     model = _skeleton(recipe)
     parameters = list(model.parameters())
     steps = Counter(curriculum.length_at(step, tokens_per_step) for step in range(cfg.trainer.max_steps))
-    stages = [
-        Stage(length=length, num_steps=steps[length], flops_per_token=training_flops(model, recipe.attention, length))
-        for length in sorted(steps)
-    ]
-    longest = stages[-1].length
+    longest = max(steps)
     step = _step(cfg, recipe, longest, num_devices=world)
     recipe, memory = _memory_of(cfg, recipe, step, device=cfg.device_memory * GIB, host=cfg.host_memory * GIB)
+    stages = [_stage(cfg, recipe, model, length, steps[length]) for length in sorted(steps)]
     return Plan(
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
@@ -112,6 +111,16 @@ def plan(cfg: DictConfig) -> Plan:
         stages=stages,
         memory=memory,
     )
+
+
+def _stage(cfg: DictConfig, recipe: ModelRecipe, model: nn.Module, length: int, num_steps: int) -> Stage:
+    assert isinstance(recipe.memory, Savings)
+    seconds = None
+    if _device_type(cfg) == "cuda":
+        fp8 = recipe.precision == "fp8"
+        seconds = work(model, recipe.attention, length, recipe.memory, fp8).seconds(cfg.device)
+    flops = training_flops(model, recipe.attention, length)
+    return Stage(length=length, num_steps=num_steps, flops_per_token=flops, seconds_per_token=seconds)
 
 
 def resolve(cfg: DictConfig, recipe: ModelRecipe, lengths: Sequence[int], device: torch.device) -> ModelRecipe:
@@ -240,11 +249,13 @@ def _sizes(planned: Plan) -> Table:
 
 
 def _compute(planned: Plan) -> Table:
-    table = Table("row length", "steps", "FLOPs per token", "per step", "total")
+    table = Table("row length", "steps", "FLOPs per token", "per step", "total", "seconds per step")
     for stage in planned.stages:
         per_step = stage.flops_per_token * planned.tokens_per_step
         amounts = stage.flops_per_token, per_step, per_step * stage.num_steps
-        table.add_row(f"{stage.length:,}", f"{stage.num_steps:,}", *(f"{amount:.3g}" for amount in amounts))
+        tokens = planned.tokens_per_step / planned.num_devices
+        seconds = "" if stage.seconds_per_token is None else f"{stage.seconds_per_token * tokens:.3g}"
+        table.add_row(f"{stage.length:,}", f"{stage.num_steps:,}", *(f"{amount:.3g}" for amount in amounts), seconds)
     table.add_section()
     table.add_row("all", f"{planned.num_steps:,}", "", "", f"{planned.flops:.3g}")
     return table
