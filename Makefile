@@ -19,7 +19,7 @@ demo: install
 
 test: export OMP_NUM_THREADS = 1
 test: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: install
 	$(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import sys
 from typing import Any
 
@@ -13,7 +14,7 @@ from lctrain.errors import InputError
 
 
 def main() -> None:
-    """Exits with 0 (done), 2 (the input was wrong: one line, nothing written) or 1 (anything else)."""
+    """Exits with 0 (done), 2 (the input was wrong: one line, nothing written), 75 (stopped on request) or 1 (else)."""
     verb, *overrides = sys.argv[1:] or ["--help"]
     with exit_codes(verb, overrides):
         if verb in ("-h", "--help", "help"):
@@ -32,7 +33,8 @@ def _compose_and_run(verb: str, overrides: list[str]) -> None:
     import hydra
 
     command, module = sys.argv, importlib.import_module(f"launch.{verb}")
-    if overrides and overrides[0].isidentifier() and hasattr(module, "FIRST"):
+    overrides = [getattr(module, "WORDS", {}).get(word, word) for word in overrides]
+    if overrides and not re.search("=|^-", overrides[0]) and hasattr(module, "FIRST"):
         overrides[0] = f"{module.FIRST}={overrides[0]}"
 
     def task(cfg: Any) -> None:

@@ -6,7 +6,7 @@ import textwrap
 
 from lctrain import config
 
-VERBS = ("train", "evaluate", "export", "plan", "benchmark")
+VERBS = ("train", "evaluate", "export", "plan", "benchmark", "submit", "status", "cancel")
 
 
 def overview() -> str:
@@ -23,7 +23,8 @@ usage: lctrain VERB [group=choice …] [option=value …]
   lctrain train experiment=demo run_dir=runs/demo
   lctrain train model.path=<folder or hub id> sequence_length=32768 attention=shifted_sparse rope=yarn tuning=longlora
 
-exit codes: 0 done; 2 the input was wrong (one line says what); 1 anything else"""
+exit codes: 0 done; 2 the input was wrong (one line says what); 75 stopped on request, a checkpoint is written;
+1 anything else"""
 
 
 def usage(verb: str) -> str:

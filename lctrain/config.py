@@ -26,6 +26,11 @@ _SECRET_VARIABLE = re.compile(r"(?i)KEY|TOKEN|SECRET|PASSWORD")
 _PATH = re.compile(r"run_dir|output|checkpoint|resume|model\.(tokenizer_)?path|data\.(.+\.)?(path|name)")
 
 
+def root() -> Path:
+    """The folder with conf/, slurm/ and data/."""
+    return _ROOT
+
+
 def conf_dir() -> Path:
     return _ROOT / "conf"
 

@@ -1,4 +1,4 @@
-"""The two exceptions that are told to the user in one line, without a traceback."""
+"""The exceptions that are told to the user in one line, without a traceback."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """The input was fine, the run could not go on (interrupted, diverged, disk full). The command line exits with 1."""
+
+
+class Stopped(RunError):
+    """The run was asked to stop and has written a checkpoint. The command line exits with 75, as in "try again"."""

@@ -1,6 +1,7 @@
 """A run's folder: who holds it, what it holds."""
 
 import fcntl
+import json
 import logging
 import os
 import zipfile
@@ -124,3 +125,10 @@ def whole_checkpoints(folder: Path) -> list[Path]:
         else:
             log.warning("%s is broken and skipped", path)
     return found
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl; a line cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]

@@ -121,7 +121,7 @@ def _module(cfg: DictConfig, length: int, device: torch.device, memory: Savings 
     recipe = RandomModel.like(module.recipe, device, sequence_length=length)
     row = OmegaConf.merge(cfg, {"sequence_length": length, "datamodule": {"micro_batch_size": 1}})
     assert isinstance(row, DictConfig)
-    module.recipe = resolve(row, recipe, [length], device) if memory is None else replace(recipe, memory=memory)
+    module.recipe = resolve(row, recipe, [length], device, 1) if memory is None else replace(recipe, memory=memory)
     return module
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 import pyarrow as pa
+from filelock import FileLock
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
@@ -60,6 +61,16 @@ def _write(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, path: Path) -> No
     if first is None:
         raise InputError(f"the corpus is empty: {corpus}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_suffix(".lock")
+    try:
+        with FileLock(lock):  # the ranks of a run all come here at once: one writes, the others wait
+            if not path.exists():
+                _write_rows(chain([first], documents), corpus, tokenizer, path)
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _write_rows(documents: Iterator[Document], corpus: Corpus, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     unfinished = path.with_suffix(f".{uuid4().hex}.unfinished")
     num_documents = num_tokens = num_empty = 0
     try:
@@ -69,7 +80,7 @@ def _write(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, path: Path) -> No
             _progress() as progress,
         ):
             task = progress.add_task("tokenizing", total=corpus.size_hint(), tokens=0)
-            for batch in _batches(chain([first], documents)):
+            for batch in _batches(documents):
                 rows = [row for row in _encode(batch, tokenizer) if row["input_ids"]]
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=SCHEMA))
                 num_documents += len(rows)

@@ -62,16 +62,14 @@ class LoRALinear(PeftLinear):
     """PEFT's layer, which adds its low-rank term in place instead of through copies of the activations in fp32."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """W x + scaling · B A x; what is merged, disabled or dropped out is left to PEFT."""
+        """W x + scaling · B A x; what is merged, disabled, dropped out or sharded is left to PEFT."""
         adapters = self.active_adapters
         plain = len(adapters) == 1 and not (self.disable_adapters or self.merged or args or kwargs)
-        name = adapters[0] if plain else ""
-        sharded = plain and hasattr(
-            self.lora_A[name].weight, "ds_id"
-        )  # ZeRO-3 gathers what its own module computes with
-        if not plain or sharded or not isinstance(self.lora_dropout[name], nn.Identity):
+        low, high = self.lora_A[adapters[0]].weight, self.lora_B[adapters[0]].weight
+        sharded = hasattr(low, "ds_id")  # by ZeRO-3: whole only while their own modules run
+        if not plain or sharded or not isinstance(self.lora_dropout[adapters[0]], nn.Identity):
             return super().forward(x, *args, **kwargs)
-        low, high = self.lora_A[name].weight, self.lora_B[name].weight
+        (name,) = adapters
         x_NI = x.flatten(0, -2)
         y_NO = add_low_rank(self.base_layer(x_NI), x_NI, low, high, self.scaling[name])  # type: ignore[arg-type]
         return y_NO.view(*x.shape[:-1], -1)

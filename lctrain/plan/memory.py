@@ -67,6 +67,7 @@ class Step:
     kernel: str  # not reference
     autocast: bool  # bf16-mixed
     num_devices: int
+    sequence_parallel_size: int = 1  # of them have a part of each row
     fused_loss: bool = False  # Liger's, else tiles
 
 
@@ -107,7 +108,7 @@ def step_memory(
 def _simulate(model: PreTrainedModel, step: Step) -> tuple[int, int, int, int]:
     """Bytes of the weights, kept by the forward, and at most beyond that in the loss and in the backward."""
     model.train()
-    ids = torch.empty(step.rows, step.length, dtype=torch.int64)
+    ids = torch.empty(step.rows, step.length // step.sequence_parallel_size, dtype=torch.int64)
     given = torch.empty(1, 1, 1, 1)  # a mask that is there already, so that transformers builds none
     with _Storages() as storages:
         for tensor in (*model.parameters(), *model.buffers()):
@@ -205,7 +206,8 @@ def _masks(config: Any, method: MaskedAttention, step: Step, itemsize: int) -> i
         layer_idx=0,
     )
     groups = len({method.layer_group(layer) for layer in range(config.num_hidden_layers)})
-    grids = groups * step.rows * (config.num_attention_heads if method.heads_differ(layout) else 1)
+    heads = config.num_attention_heads // step.sequence_parallel_size if method.heads_differ(layout) else 1
+    grids = groups * step.rows * heads
     if step.kernel != "sdpa":
         # Indices of partial and of full blocks, by query and by key: 4 int32 tables of (L / 128)² entries.
         return min(grids * 4 * 4 * ceil(step.length / BLOCK) ** 2, groups * 2 * MAX_LIST_BYTES)

@@ -20,10 +20,12 @@ from lctrain.kernels.choose import choose
 from lctrain.memory.savings import NOTHING, AutoSavings, Savings
 from lctrain.model.install import demand
 from lctrain.model.recipe import ModelRecipe
+from lctrain.parallel.mesh import Mesh
 from lctrain.plan.flops import training_flops
 from lctrain.plan.memory import Memory, Step, step_memory
 from lctrain.plan.savings import choose_savings
 from lctrain.plan.seconds import work
+from lctrain.plan.sharding import Sharding
 from lctrain.plan.stand_ins import LAYER_KERNELS
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,14 @@ WHAT = {
 }
 
 
+HELD = {  # by a device, at each of ZeRO's stages
+    0: "all of the model",
+    1: "a share of the optimizer",
+    2: "a share of the optimizer and the gradients",
+    3: "a share of everything",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One row length of the curriculum; FLOPs forward and backward, recomputation not counted."""
@@ -61,7 +71,8 @@ class Plan:
     parameters: int
     trainable: int
     tokens_per_step: int
-    num_devices: int
+    mesh: Mesh
+    sharding: Sharding
     kernel: str
     savings: Savings | AutoSavings
     stages: list[Stage]
@@ -90,10 +101,11 @@ def plan(cfg: DictConfig) -> Plan:
     _check_positive(accumulate=cfg.trainer.accumulate_grad_batches, micro_batch_size=cfg.datamodule.micro_batch_size)
     recipe: ModelRecipe = instantiate(cfg.model, _convert_="all")
     curriculum = instantiate(cfg.curriculum, _convert_="all")
-    recipe.check_attention(curriculum.lengths())
+    recipe.check_attention(curriculum.lengths(), cfg.sequence_parallel_size)
     world, accumulate = cfg.num_devices * cfg.trainer.num_nodes, cfg.trainer.accumulate_grad_batches
+    mesh = Mesh(rank=0, world_size=world, sequence_parallel_size=cfg.sequence_parallel_size)
     micro_batch_tokens = cfg.datamodule.micro_batch_size * cfg.sequence_length
-    tokens_per_step = micro_batch_tokens * accumulate * world
+    tokens_per_step = micro_batch_tokens * accumulate * mesh.data_parallel_size
     model = _skeleton(recipe)
     parameters = list(model.parameters())
     steps = Counter(curriculum.length_at(step, tokens_per_step) for step in range(cfg.trainer.max_steps))
@@ -105,7 +117,8 @@ def plan(cfg: DictConfig) -> Plan:
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         tokens_per_step=tokens_per_step,
-        num_devices=world,
+        mesh=mesh,
+        sharding=Sharding.of(cfg, world),
         kernel=step.kernel,
         savings=recipe.memory,
         stages=stages,
@@ -123,14 +136,17 @@ def _stage(cfg: DictConfig, recipe: ModelRecipe, model: nn.Module, length: int, 
     return Stage(length=length, num_steps=num_steps, flops_per_token=flops, seconds_per_token=seconds)
 
 
-def resolve(cfg: DictConfig, recipe: ModelRecipe, lengths: Sequence[int], device: torch.device) -> ModelRecipe:
-    """The recipe with savings that fit on `device` in place of memory=auto. InputError if none do."""
+def resolve(
+    cfg: DictConfig, recipe: ModelRecipe, lengths: Sequence[int], device: torch.device, num_devices: int
+) -> ModelRecipe:
+    """The recipe with savings that fit on `device`, one of so many, in place of memory=auto. InputError if none do."""
     if not isinstance(recipe.memory, AutoSavings):
         return recipe
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * SPARE
-    free = torch.cuda.mem_get_info(device)[0] * SPARE if device.type == "cuda" else host
-    resolved, memory = _memory_of(cfg, recipe, _step(cfg, recipe, lengths[-1]), device=free, host=host)
-    limit = (recipe.memory.device_memory or free / GIB) * GIB
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
+    step = _step(cfg, recipe, lengths[-1], num_devices)
+    resolved, memory = _memory_of(cfg, recipe, step, device=free * SPARE, host=host * SPARE)
+    limit = (recipe.memory.device_memory or free * SPARE / GIB) * GIB
     if memory.peak > limit:
         raise InputError(
             f"memory=auto: {memory.peak / GIB:.1f} GiB are needed at the least and there are {limit / GIB:.1f}; "
@@ -140,7 +156,7 @@ def resolve(cfg: DictConfig, recipe: ModelRecipe, lengths: Sequence[int], device
     return resolved
 
 
-def _step(cfg: DictConfig, recipe: ModelRecipe, length: int, num_devices: int = 1) -> Step:
+def _step(cfg: DictConfig, recipe: ModelRecipe, length: int, num_devices: int) -> Step:
     """What a micro-batch of rows of `length` is."""
     device_type = _device_type(cfg)
     return Step(
@@ -149,6 +165,7 @@ def _step(cfg: DictConfig, recipe: ModelRecipe, length: int, num_devices: int = 
         kernel=_kernel(recipe, device_type),
         autocast=cfg.trainer.precision == "bf16-mixed" or recipe.autocasts(),
         num_devices=num_devices,
+        sequence_parallel_size=cfg.sequence_parallel_size,
         fused_loss=cfg.objective.loss != "tiled" and device_type == "cuda",
     )
 
@@ -163,9 +180,10 @@ def _memory_of(
     def simulate(savings: Savings) -> Memory:
         saving = replace(recipe, memory=savings)
         hasten = partial(saving.hasten, kernels=kernels)
-        return step_memory(
-            _skeleton(recipe), recipe.attention, step, make_optimizer, lambda m, host: hasten(m, host=host)
-        )
+        skeleton = _skeleton(recipe)
+        num_parameters = sum(p.numel() for p in skeleton.parameters())
+        memory = step_memory(skeleton, recipe.attention, step, make_optimizer, lambda m, host: hasten(m, host=host))
+        return Sharding.of(cfg, step.num_devices).apply(memory, num_parameters)
 
     given = recipe.memory
     if isinstance(given, Savings):
@@ -174,7 +192,7 @@ def _memory_of(
     host = given.host_memory * GIB if given.host_memory else host
     chosen, memory = choose_savings(
         recipe.config().get_text_config().num_hidden_layers,
-        step.length,
+        step.length // step.sequence_parallel_size,
         simulate,
         device=device,
         host=host if _device_type(cfg) == "cuda" else 0,
@@ -231,6 +249,8 @@ def _remedies(planned: Plan, cfg: DictConfig) -> Iterator[str]:
         yield "kernel=flex"
     if large & {"gradients", "optimizer"} and planned.trainable == planned.parameters:
         yield "tuning=longlora"
+    if large & {"weights", "optimizer"} and planned.mesh.world_size > 1 and planned.sharding.stage < 3:
+        yield "strategy=zero3"
     if "weights" in large and memory.weights > 3 * planned.parameters:
         yield "model.dtype=bfloat16"
 
@@ -239,7 +259,7 @@ def _sizes(planned: Plan) -> Table:
     table = Table("run", "")
     table.add_row("parameters", f"{planned.parameters:,}")
     table.add_row("trainable", f"{planned.trainable:,} ({planned.trainable / planned.parameters:.2%})")
-    table.add_row("devices", f"{planned.num_devices:,}, each with all of the model")
+    table.add_row("devices", _devices(planned))
     table.add_row("tokens per optimizer step", f"{planned.tokens_per_step:,}")
     table.add_row("memory", str(planned.savings))
     table.add_row(
@@ -248,12 +268,18 @@ def _sizes(planned: Plan) -> Table:
     return table
 
 
+def _devices(planned: Plan) -> str:
+    shared = planned.mesh.sequence_parallel_size
+    rows = f", {shared} to a row" if shared > 1 else ""
+    return f"{planned.mesh.world_size:,}{rows}, each with {HELD[planned.sharding.stage]}"
+
+
 def _compute(planned: Plan) -> Table:
     table = Table("row length", "steps", "FLOPs per token", "per step", "total", "seconds per step")
     for stage in planned.stages:
         per_step = stage.flops_per_token * planned.tokens_per_step
         amounts = stage.flops_per_token, per_step, per_step * stage.num_steps
-        tokens = planned.tokens_per_step / planned.num_devices
+        tokens = planned.tokens_per_step / planned.mesh.world_size
         seconds = "" if stage.seconds_per_token is None else f"{stage.seconds_per_token * tokens:.3g}"
         table.add_row(f"{stage.length:,}", f"{stage.num_steps:,}", *(f"{amount:.3g}" for amount in amounts), seconds)
     table.add_section()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from lctrain.errors import InputError, RunError
+from lctrain.errors import InputError, RunError, Stopped
 from lctrain.folder import CHECKPOINTS
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -62,7 +62,7 @@ class Checkpoint(Callback):
         if wish >= SAVE:
             self.save(trainer)
         if wish == STOP:
-            raise RunError(f"stopped by {self.stopped_by or 'another rank'} after step {step}; go on with resume=auto")
+            raise Stopped(f"stopped by {self.stopped_by or 'another rank'} after step {step}; go on with resume=auto")
 
     @staticmethod
     def _agree(trainer: Trainer, wish: int) -> int:

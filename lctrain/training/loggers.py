@@ -1,38 +1,62 @@
 """Weights & Biases: online with a key, else offline; never a reason for a run to stop."""
 
 import logging
+import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import wandb
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from lctrain.folder import is_first_process
 
 log = logging.getLogger(__name__)
 
 INIT_TIMEOUT = 20  # seconds that a server may take to answer before the run goes on without it
 
+SLURM = {"job_id": "SLURM_JOB_ID", "nodes": "SLURM_JOB_NODELIST", "restarts": "SLURM_RESTART_COUNT"}
+
+
+class StepLogger(WandbLogger):
+    """Lightning's logger with W&B's own axis in optimizer steps.
+
+    W&B counts calls otherwise, and a run that goes on offline would count from 0 again. Steps that a crash took back
+    and that are logged once more are the same to the bit; a server keeps the first.
+    """
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
+
 
 def wandb_logger(
     *, project: str, entity: str | None, name: str | None, folder: str, mode: Literal["auto", "online", "offline"]
 ) -> WandbLogger:
-    """Lightning's logger on a run whose id lives in `folder`, so that a resumed run goes on in the same W&B run.
+    """A logger on a run whose id lives in `folder`, so that a resumed run goes on in the same W&B run.
 
-    `mode=auto` is online where a key is configured. Where W&B can't be reached the run is recorded offline; the log
-    says so, and how to sync it.
+    `mode=auto` is online where a key is configured and WANDB_MODE does not say otherwise. Where W&B can't be reached
+    the run is recorded offline; the log says so, and how to sync it. Only the first rank talks to W&B.
     """
+    if not is_first_process():
+        return StepLogger()
     Path(folder).mkdir(parents=True, exist_ok=True)
     wandb.setup(wandb.Settings(silent=True))
     online = False
     try:
-        online = mode == "online" or (mode == "auto" and wandb.login(prompt=False, verify=False))
+        may_go_online = os.environ.get("WANDB_MODE", "online") == "online"
+        online = mode == "online" or (mode == "auto" and may_go_online and wandb.login(prompt=False, verify=False))
         run = _start(project, entity, name, folder, "online" if online else "offline")
     except wandb.Error as error:
         log.warning("W&B can't be reached (%s); recording offline", str(error).splitlines()[0])
         wandb.teardown()  # else the id stays taken
         run, online = _start(project, entity, name, folder, "offline"), False
     log.info("W&B: %s", run.url if online else f"offline; upload with: wandb sync {Path(run.dir).parent}")
-    return WandbLogger(experiment=run)
+    if job := {name: os.environ[variable] for name, variable in SLURM.items() if variable in os.environ}:
+        run.config.update({"slurm": job}, allow_val_change=True)  # type: ignore[no-untyped-call]
+    return StepLogger(experiment=run)
 
 
 def _start(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import statistics
 import time
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lctrain.errors import RunError
+from lctrain.folder import read_history
 from lctrain.plan.flops import device_peak_flops, training_flops
 from lctrain.training.checkpoint import Checkpoint
 from lctrain.training.strategy import ShardedCheckpoints
@@ -109,6 +111,7 @@ class Metrics(Callback):
             "model_flops_utilization": flops / elapsed / self._peak_flops / trainer.world_size,
             "peak_memory_gib": peak_memory_gib(),
             "tokens": self._tokens_seen,
+            "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         }
         self._rates.append(self.last["tokens_per_second"])
         for logger in trainer.loggers:
@@ -121,13 +124,6 @@ class Metrics(Callback):
     def tokens_per_second(self) -> float:
         """The median over this process's steps, so that the first one and pauses don't count; 0 without any."""
         return statistics.median(self._rates) if self._rates else 0.0
-
-
-def read_history(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; a line cut off by a crash is left out."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
 
 
 def write_aside(path: Path, text: str) -> None:

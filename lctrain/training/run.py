@@ -3,12 +3,14 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning import Trainer
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
@@ -16,13 +18,15 @@ from omegaconf import DictConfig, OmegaConf
 from lctrain.checkpoint import read_state
 from lctrain.config import dump, public
 from lctrain.data.datamodule import LongContextData
-from lctrain.errors import InputError
+from lctrain.errors import InputError, RunError
 from lctrain.evaluation.run import check as check_evaluation
-from lctrain.folder import RunFolder
+from lctrain.folder import RunFolder, read_history
 from lctrain.model.recipe import ModelRecipe
 from lctrain.plan.run import resolve
 from lctrain.rope.none import NoScaling
-from lctrain.training.metrics import Metrics, read_history
+from lctrain.training.metrics import Metrics, write_aside
+from lctrain.training.strategy import ShardedCheckpoints, ZeRO
+from lctrain.training.watchdog import Watchdog
 
 # What may change between a run and its continuation without changing what step N computes: beginnings of keys.
 FREE_TO_CHANGE = (
@@ -66,7 +70,8 @@ def train(cfg: DictConfig) -> Trained:
     trainer = _trainer(cfg)
     device = trainer.strategy.root_device
     _check_positions(module.recipe)
-    module.recipe = resolve(cfg, module.recipe, datamodule.curriculum.lengths(), device)
+    _check_strategy(cfg, trainer)
+    module.recipe = resolve(cfg, module.recipe, datamodule.curriculum.lengths(), device, trainer.world_size)
     module.recipe.check(datamodule.curriculum.lengths(), device.type, cfg.sequence_parallel_size)
     if not any(p.requires_grad for p in module.recipe.skeleton(module.recipe.config()).parameters()):
         raise InputError(f"{module.recipe.tuning} leaves nothing to train; choose another tuning")
@@ -81,10 +86,10 @@ def train(cfg: DictConfig) -> Trained:
         folder.acquire()
     checkpoint = folder.resume_from(cfg.resume)  # again: until here another process may have written one
     if trainer.is_global_zero:
-        folder.config.write_text(dump(cfg))
+        write_aside(folder.config, dump(cfg))  # other ranks may be reading it
     trainer.loggers = _loggers(cfg)
     lightning.seed_everything(cfg.seed, verbose=False)  # here: what was checked before may have drawn numbers
-    trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+    _fit(trainer, module, datamodule, checkpoint)
     if module.validated_step != trainer.global_step:
         trainer.validate(module, datamodule, verbose=False)  # perplexity by position of what was trained
     metrics = next(callback for callback in trainer.callbacks if isinstance(callback, Metrics))  # type: ignore[attr-defined]
@@ -95,6 +100,18 @@ def train(cfg: DictConfig) -> Trained:
         loggers=trainer.loggers,
         is_global_zero=trainer.is_global_zero,
     )
+
+
+def _fit(trainer: Trainer, module: LightningModule, datamodule: LongContextData, checkpoint: Path | None) -> None:
+    """`trainer.fit`; where an exchange failed because a rank is gone, RunError says which."""
+    try:
+        trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+    except RuntimeError as error:
+        watchdogs = [callback for callback in trainer.callbacks if isinstance(callback, Watchdog)]  # type: ignore[attr-defined]
+        exchanged = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if exchanged and watchdogs and (lost := watchdogs[0].lost()):
+            raise RunError(lost) from error
+        raise
 
 
 def _check_tokens_per_step(checkpoint: Path | None, datamodule: LongContextData) -> None:
@@ -108,6 +125,15 @@ def _check_tokens_per_step(checkpoint: Path | None, datamodule: LongContextData)
         )
 
 
+def _check_strategy(cfg: DictConfig, trainer: Trainer) -> None:
+    if cfg.precision == "fp8" and cast(ShardedCheckpoints, trainer.strategy).zero3 is not None:
+        raise InputError("precision=fp8 holds whole matrices and stage 3 shards them; use strategy=zero2")
+    if isinstance(trainer.strategy, ZeRO) and "bf16" in str(cfg.trainer.precision):
+        raise InputError("ZeRO trains in model.dtype: use model.dtype=bfloat16 instead of trainer.precision=bf16-mixed")
+    if cfg.trainer.num_nodes > 1 and trainer.world_size == 1:
+        raise InputError(f"strategy=single is for one process, trainer.num_nodes={cfg.trainer.num_nodes}; use ddp")
+
+
 def _check_positions(recipe: ModelRecipe) -> None:
     original = getattr(recipe.base_config().get_text_config(), "max_position_embeddings", recipe.sequence_length)
     if isinstance(recipe.rope, NoScaling) and not recipe.rope.extrapolate and recipe.sequence_length > original:
@@ -119,7 +145,9 @@ def _check_positions(recipe: ModelRecipe) -> None:
 
 def _trainer(cfg: DictConfig) -> Trainer:
     callbacks = list(instantiate(cfg.callbacks, _convert_="all").values())
-    settings = {"default_root_dir": cfg.run_dir, "callbacks": callbacks, "logger": False}
+    # Under srun; Lightning's own requeueing would save inside a signal handler.
+    plugins = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    settings = {"default_root_dir": cfg.run_dir, "callbacks": callbacks, "plugins": plugins, "logger": False}
     try:
         return instantiate(cfg.trainer, **settings, _convert_="all")  # type: ignore[no-any-return]
     except InstantiationException as error:

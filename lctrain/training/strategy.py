@@ -255,17 +255,15 @@ class ZeRO(ShardedCheckpoints, DeepSpeedStrategy):
         """The optimizer's states over this rank's flat shards, as its first step would make them."""
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-        for group in self.torch_optimizer.param_groups:
-            for flat in group["params"]:
-                self.torch_optimizer.state[flat] = {
-                    name: torch.zeros_like(flat) if entry.dim() else entry.clone() for name, entry in entries.items()
-                }
         zero = self.deepspeed_engine.optimizer
-        for parameters, flat in zip(getattr(zero, "bit16_groups", []), self._flat_shards(), strict=False):
-            lazy_init_hp_params_optimizer_state(parameters, flat, self.torch_optimizer.state)
-
-    def _flat_shards(self) -> list[Tensor]:
-        return [flat for group in self.torch_optimizer.param_groups for flat in group["params"]]
+        shards = zero.fp32_partitioned_groups_flat if self.zero_stage_3 else zero.single_partition_of_fp32_groups
+        for flat in shards:
+            self.torch_optimizer.state[flat] = {
+                name: torch.zeros_like(flat) if entry.dim() else entry.clone() for name, entry in entries.items()
+            }
+        if not self.zero_stage_3:
+            for parameters, flat in zip(zero.bit16_groups, shards, strict=True):
+                lazy_init_hp_params_optimizer_state(parameters, flat, self.torch_optimizer.state)
 
     def load_parameter(self, parameter: Parameter, state: ParameterState) -> None:
         from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param, safe_set_full_optimizer_state

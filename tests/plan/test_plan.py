@@ -203,7 +203,7 @@ def _offline(monkeypatch):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_published_recipes_plan_without_weights_or_network(recipe):
     planned = plan(compose("plan", [f"experiment={recipe}", *SMALL]))
-    assert planned.num_devices == 8
+    assert planned.mesh.world_size == 8
     assert planned.num_steps == 8
     assert planned.memory.peak > planned.memory.resident > 0
 

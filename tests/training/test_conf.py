@@ -61,17 +61,10 @@ EFFECTS = {  # each field that a run's groups have: what to run beside it, the c
     },
 }  # fmt: skip
 FIXED = {  # where it runs (tests/parallel), and what lctrain does itself
-    *(
-        "accelerator",
-        "devices",
-        "num_nodes",
-        "strategy",
-        "check_val_every_n_epoch",
-        "enable_checkpointing",
-        "enable_progress_bar",
-    ),
+    *("accelerator", "devices", "num_nodes", "strategy", "watchdog.timeout_minutes"),
+    *("check_val_every_n_epoch", "enable_checkpointing", "enable_progress_bar"),
     *("enable_model_summary", "use_distributed_sampler", "num_sanity_val_steps"),
-    *("_target_", "_partial_", "metrics.folder", "checkpoint.folder"),
+    *("_target_", "_partial_", "metrics.folder", "checkpoint.folder", "watchdog.folder"),
 }
 
 

@@ -1,0 +1,22 @@
+"""`lctrain cancel`."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from lctrain.cluster.slurm import call, job_states
+from lctrain.cluster.submit import JOB_ID
+from lctrain.errors import InputError
+
+
+def main(cfg: DictConfig) -> None:
+    """End the job of `cfg.run_dir`. InputError where it has none that waits or runs."""
+    record = Path(cfg.run_dir) / JOB_ID
+    if not record.exists():
+        raise InputError(f"{cfg.run_dir} was not submitted: it has no {JOB_ID}")
+    job_id = record.read_text().strip()
+    states = job_states([job_id]).values()
+    if states and not any(state.active for state in states):
+        raise InputError(f"job {job_id} of {cfg.run_dir} has ended: {next(iter(states)).state}")
+    call("scancel", job_id)
+    print(f"job {job_id} of {cfg.run_dir} cancelled")

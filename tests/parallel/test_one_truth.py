@@ -1,0 +1,114 @@
+"""Losses, gradient norms and weights of 20 optimizer steps are those of one process, however they are computed.
+
+Packed whole documents leave padding at the ends of rows, so that ranks and micro-batches differ in their valid tokens.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from lctrain.checkpoint import read_values
+from lctrain.folder import read_history
+
+pytestmark = pytest.mark.xdist_group("processes")  # alone: they start as many as there are cores
+
+ATTENTION = {
+    "full": [],
+    "sliding_window": ["attention=sliding_window", "attention.sliding_window=16"],
+    "streaming": ["attention=streaming", "attention.num_sink_tokens=4", "attention.recent_size=16"],
+    "shifted_sparse": ["attention=shifted_sparse"],
+}
+OPTIMIZER = {
+    "sgd": ["optimizer=sgd", "optimizer.lr=0.1", "optimizer.momentum=0.9"],
+    # eps is above the rounding of a gradient that should be 0: or its sign alone would make whole steps.
+    "adamw": ["optimizer.lr=1e-3", "optimizer.weight_decay=0.1", "optimizer.eps=1e-5"],
+}
+SHARED = [
+    *("trainer.max_steps=20", "trainer.gradient_clip_val=0.5", "trainer.val_check_interval=1000"),
+    *("datamodule.packing=whole", "callbacks.checkpoint.every_num_steps=null", "scheduler.num_warmup_steps=2"),
+]
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+ROWS_PER_STEP = 8
+FP32, BF16 = 1e-5, 3e-2
+
+
+def case(attention, optimizer, *others, ranks=1, sp=1, accumulate=1):
+    rows = ROWS_PER_STEP * sp // (ranks * accumulate)
+    divided = [f"datamodule.micro_batch_size={rows}", f"trainer.accumulate_grad_batches={accumulate}"]
+    return [*ATTENTION[attention], *OPTIMIZER[optimizer], *SHARED, *divided, f"sequence_parallel_size={sp}", *others]
+
+
+def references():
+    cases = {f"{a}-{o}": case(a, o) for a in ATTENTION for o in OPTIMIZER}
+    for tuning in ("lora", "longlora"):
+        cases[tuning] = case("shifted_sparse", "adamw", f"tuning={tuning}")
+    for tuning in ("full", "longlora"):
+        cases[f"bf16-{tuning}"] = case("shifted_sparse", "adamw", f"tuning={tuning}", "model.dtype=bfloat16")
+    return cases
+
+
+def on_two_ranks():
+    """Every strategy x sequence parallelism x attention; optimizers and accumulation take turns."""
+    cases, turns = {}, [("sgd", 1), ("adamw", 4), ("adamw", 1), ("sgd", 4)]
+    for i, attention in enumerate(ATTENTION):
+        for sp in (1, 2):
+            for j, strategy in enumerate(STRATEGIES):
+                optimizer, accumulate = turns[(i + j + sp) % 4]
+                name = f"{attention}-{optimizer}/{strategy}-sp{sp}-accumulate{accumulate}"
+                cases[name] = case(attention, optimizer, f"strategy={strategy}", ranks=2, sp=sp, accumulate=accumulate)
+    for tuning in ("lora", "longlora", "bf16-full", "bf16-longlora"):
+        dtype = ["model.dtype=bfloat16"] if tuning.startswith("bf16") else []
+        for strategy, sp in (("ddp", 2), ("zero2", 1), ("zero3", 2)):
+            words = [f"strategy={strategy}", f"tuning={tuning.removeprefix('bf16-')}", *dtype]
+            cases[f"{tuning}/{strategy}-sp{sp}"] = case("shifted_sparse", "adamw", *words, ranks=2, sp=sp)
+    offload = ["strategy=zero3", "strategy.offload_optimizer=true", "strategy.offload_parameters=true"]
+    cases["full-adamw/zero3-offload"] = case("full", "adamw", *offload, ranks=2)
+    cases["full-adamw/zero1-offload"] = case(
+        "full", "adamw", "strategy=zero1", "strategy.offload_optimizer=true", ranks=2
+    )
+    return cases
+
+
+def on_four_ranks():
+    """Two rows side by side, each on two ranks; and one row on four, more than there are key-value heads."""
+    split = [("ddp", 2, 4), ("zero1", 4, 1), ("zero2", 2, 1), ("zero3", 4, 4), ("zero3", 2, 1), ("zero2", 1, 2)]
+    return {
+        f"{attention}-adamw/4-{strategy}-sp{sp}-accumulate{accumulate}": case(
+            attention, "adamw", f"strategy={strategy}", ranks=4, sp=sp, accumulate=accumulate
+        )
+        for attention, (strategy, sp, accumulate) in zip([*ATTENTION, "shifted_sparse", "full"], split, strict=True)
+    }
+
+
+CASES = {1: references(), 2: on_two_ranks(), 4: on_four_ranks()}
+
+
+@pytest.fixture(scope="module")
+def trained(train_on_ranks):
+    """The folder with a run for every case, trained by as many processes as it asks for when it is first asked for."""
+    folders: dict[int, Path] = {}
+
+    def of(num_ranks: int) -> Path:
+        if num_ranks not in folders:
+            folders[num_ranks] = train_on_ranks(num_ranks, CASES[num_ranks])
+        return folders[num_ranks]
+
+    return of
+
+
+@pytest.mark.parametrize(("num_ranks", "name"), [(n, name) for n in (2, 4) for name in CASES[n]])
+def test_it_is_the_run_of_one_process(trained, num_ranks, name):
+    one, many = trained(1) / name.partition("/")[0], trained(num_ranks) / name
+    tolerance = BF16 if name.startswith("bf16") else FP32
+    rows, others = read_history(one / "metrics.jsonl"), read_history(many / "metrics.jsonl")
+    assert [row["step"] for row in others] == list(range(1, 21))
+    for row, other in zip(rows, others, strict=True):
+        assert (other["tokens"], other["sequence_length"]) == (row["tokens"], row["sequence_length"])
+        assert other["loss"] == pytest.approx(row["loss"], abs=tolerance)
+        assert other["grad_norm"] == pytest.approx(row["grad_norm"], rel=10 * tolerance)
+    checkpoint = "checkpoints/step-00000020.ckpt"
+    weights, other_weights = read_values(one / checkpoint), read_values(many / checkpoint)
+    assert weights.keys() == other_weights.keys()
+    furthest = max(float((weights[key] - other_weights[key]).abs().max()) for key in weights)
+    assert furthest < tolerance
+    assert rows[0]["loss"] - rows[-1]["loss"] > 100 * tolerance or name.startswith("bf16")  # it did train
