@@ -12,8 +12,8 @@ examples:
   lctrain benchmark overhead
   lctrain benchmark overhead run_dir=runs/overhead num_steps=50 num_repeats=5 sequence_length=2048
   lctrain benchmark overhead model.path=<folder or hub id>
-  lctrain benchmark step model=llama3_8b model.dtype=bfloat16 memory=auto trainer.accelerator=auto num_steps=3 peer=trl
-  lctrain benchmark length model=llama3_8b model.dtype=bfloat16 trainer.accelerator=auto attentions=[full]
+  lctrain benchmark step model=llama3_8b model.dtype=bfloat16 tuning=lora memory=auto trainer.accelerator=auto peer=trl
+  lctrain benchmark length model=llama3_8b model.dtype=bfloat16 tuning=lora trainer.accelerator=auto
   lctrain benchmark kernels kernels.lengths=[16384,131072] kernel=flash
 """
 

@@ -8,10 +8,9 @@ import torch
 from omegaconf import DictConfig
 
 from lctrain.benchmark.measure import measure
-from lctrain.benchmark.step import choose, show, write
+from lctrain.benchmark.step import choose, label, show, write
 from lctrain.memory.savings import NOTHING, Savings
 
-EVERYTHING = {"checkpoint_layers": "all", "save_attention": "all", "mlp_tile": 8192}
 LADDER: dict[str, Savings] = {
     name: replace(NOTHING, **fields)  # type: ignore[arg-type]
     for name, fields in {
@@ -32,13 +31,12 @@ def length(cfg: DictConfig) -> list[dict[str, Any]]:
     """
     target = Path(cfg.run_dir) / "length.json"
     rows: list[dict[str, Any]] = []
-    for attention in cfg.attentions:
-        for tuning in cfg.tunings:
+    for attention in cfg.attentions or [None]:
+        for tuning in cfg.tunings or [None]:
             case = choose(cfg, attention=attention, tuning=tuning)
             for savings in LADDER.values() if cfg.ladder else [None]:
                 for num_tokens in sorted(cfg.lengths):
-                    row = {"stack": "lctrain", "attention": attention, "tuning": tuning, "precision": cfg.precision}
-                    rows.append(row | _one_step(case, num_tokens, savings))
+                    rows.append(label(case) | _one_step(case, num_tokens, savings))
                     write(target, rows)
                     if "error" in rows[-1]:
                         break

@@ -42,14 +42,13 @@ def step(cfg: DictConfig) -> list[dict[str, Any]]:
 
 
 def _rows(cfg: DictConfig) -> Iterator[dict[str, Any]]:
-    for attention in cfg.attentions:
+    for attention in cfg.attentions or [None]:
         if cfg.peer != "none":
-            yield from ask_peer(cfg, cfg.peer, attention)
-        for tuning in cfg.tunings:
+            yield from ask_peer(cfg, cfg.peer, attention or kind(cfg, "attention"))
+        for tuning in cfg.tunings or [None]:
             case = choose(cfg, attention=attention, tuning=tuning)
             for length in cfg.lengths:
-                name = {"stack": "lctrain", "attention": attention, "tuning": tuning, "precision": cfg.precision}
-                yield name | _measured(case, length)
+                yield label(case) | _measured(case, length)
 
 
 def _measured(cfg: DictConfig, length: int) -> dict[str, Any]:
@@ -60,10 +59,29 @@ def _measured(cfg: DictConfig, length: int) -> dict[str, Any]:
     return asdict(measured)
 
 
-def choose(cfg: DictConfig, **choices: str) -> DictConfig:
-    """`cfg` with other files of the named groups."""
+def kind(cfg: DictConfig, group: str) -> str:
+    """The module of what a group configures, which bears the file's name."""
+    return str(cfg[group]._target_).split(".")[-2]
+
+
+def label(cfg: DictConfig) -> dict[str, Any]:
+    """What a row is of."""
+    tuning = cfg.tuning._target_.split(".")[-1]
+    trainable = [*cfg.tuning.get("trainable", [])]
+    return {
+        "stack": "lctrain",
+        "attention": kind(cfg, "attention"),
+        "tuning": tuning + (f" and {', '.join(trainable)}" if trainable else ""),
+        "precision": cfg.precision,
+    }
+
+
+def choose(cfg: DictConfig, **choices: str | None) -> DictConfig:
+    """`cfg` with other files of the named groups; None leaves a group as it is."""
     changed = cfg.copy()
     for group, name in choices.items():
+        if name is None:
+            continue
         file = conf_dir() / group / f"{name}.yaml"
         if not file.is_file():
             names = sorted(path.stem for path in file.parent.glob("*.yaml"))

@@ -24,6 +24,7 @@ from lctrain.parallel.mesh import Mesh
 from lctrain.plan.flops import training_flops
 from lctrain.plan.memory import Memory, Step, step_memory
 from lctrain.plan.savings import choose_savings
+from lctrain.plan.seconds import work
 from lctrain.plan.sharding import Sharding
 from lctrain.plan.stand_ins import LAYER_KERNELS
 
@@ -60,6 +61,7 @@ class Stage:
     length: int
     num_steps: int
     flops_per_token: float
+    seconds_per_token: float | None  # on one device, recomputation counted; None where nothing was measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +109,10 @@ def plan(cfg: DictConfig) -> Plan:
     model = _skeleton(recipe)
     parameters = list(model.parameters())
     steps = Counter(curriculum.length_at(step, tokens_per_step) for step in range(cfg.trainer.max_steps))
-    stages = [
-        Stage(length=length, num_steps=steps[length], flops_per_token=training_flops(model, recipe.attention, length))
-        for length in sorted(steps)
-    ]
-    longest = stages[-1].length
+    longest = max(steps)
     step = _step(cfg, recipe, longest, num_devices=world)
     recipe, memory = _memory_of(cfg, recipe, step, device=cfg.device_memory * GIB, host=cfg.host_memory * GIB)
+    stages = [_stage(cfg, recipe, model, length, steps[length]) for length in sorted(steps)]
     return Plan(
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
@@ -127,17 +126,27 @@ def plan(cfg: DictConfig) -> Plan:
     )
 
 
+def _stage(cfg: DictConfig, recipe: ModelRecipe, model: nn.Module, length: int, num_steps: int) -> Stage:
+    assert isinstance(recipe.memory, Savings)
+    seconds = None
+    if _device_type(cfg) == "cuda":
+        fp8 = recipe.precision == "fp8"
+        seconds = work(model, recipe.attention, length, recipe.memory, fp8).seconds(cfg.device)
+    flops = training_flops(model, recipe.attention, length)
+    return Stage(length=length, num_steps=num_steps, flops_per_token=flops, seconds_per_token=seconds)
+
+
 def resolve(
     cfg: DictConfig, recipe: ModelRecipe, lengths: Sequence[int], device: torch.device, num_devices: int
 ) -> ModelRecipe:
     """The recipe with savings that fit on `device`, one of so many, in place of memory=auto. InputError if none do."""
     if not isinstance(recipe.memory, AutoSavings):
         return recipe
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * SPARE
-    free = torch.cuda.mem_get_info(device)[0] * SPARE if device.type == "cuda" else host
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
     step = _step(cfg, recipe, lengths[-1], num_devices)
-    resolved, memory = _memory_of(cfg, recipe, step, device=free, host=host)
-    limit = (recipe.memory.device_memory or free / GIB) * GIB
+    resolved, memory = _memory_of(cfg, recipe, step, device=free * SPARE, host=host * SPARE)
+    limit = (recipe.memory.device_memory or free * SPARE / GIB) * GIB
     if memory.peak > limit:
         raise InputError(
             f"memory=auto: {memory.peak / GIB:.1f} GiB are needed at the least and there are {limit / GIB:.1f}; "
@@ -266,11 +275,13 @@ def _devices(planned: Plan) -> str:
 
 
 def _compute(planned: Plan) -> Table:
-    table = Table("row length", "steps", "FLOPs per token", "per step", "total")
+    table = Table("row length", "steps", "FLOPs per token", "per step", "total", "seconds per step")
     for stage in planned.stages:
         per_step = stage.flops_per_token * planned.tokens_per_step
         amounts = stage.flops_per_token, per_step, per_step * stage.num_steps
-        table.add_row(f"{stage.length:,}", f"{stage.num_steps:,}", *(f"{amount:.3g}" for amount in amounts))
+        tokens = planned.tokens_per_step / planned.mesh.world_size
+        seconds = "" if stage.seconds_per_token is None else f"{stage.seconds_per_token * tokens:.3g}"
+        table.add_row(f"{stage.length:,}", f"{stage.num_steps:,}", *(f"{amount:.3g}" for amount in amounts), seconds)
     table.add_section()
     table.add_row("all", f"{planned.num_steps:,}", "", "", f"{planned.flops:.3g}")
     return table

@@ -1,0 +1,67 @@
+"""How long a step takes: operations over the rates at which they were measured to run."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lctrain.attention.base import MaskedAttention
+from lctrain.errors import InputError
+from lctrain.kernels.fp8 import FP8Linear
+from lctrain.memory.savings import Savings
+from lctrain.plan.flops import DATASHEET_FLOPS, attention_flops
+
+# Shares of the datasheet's dense bf16 rate, of five steps of an 8B Llama with LoRA on one H200 (docs/results/step.md):
+MATRIX = 0.74  # matrix products
+FP8 = 1.17  # those in fp8, the scaling of their inputs included
+ATTENTION = 0.64  # flash-attn-4, forward and backward
+BACKWARD = 2.5  # attention's backward computes so many times its forward
+# Norms, gates, residuals and LoRA move so often a token's hidden and intermediate state, in each layer, at 4.3 TB/s.
+MOVED, BANDWIDTH = 47, 4.3e12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """FLOPs of one token, by what they run on; recomputation is counted."""
+
+    matrix: float
+    fp8: float
+    attention: float
+    moved: float  # bytes
+
+    def seconds(self, device: str) -> float:
+        """On a card of DATASHEET_FLOPS."""
+        if device not in DATASHEET_FLOPS:
+            raise InputError(f"device={device} is none of {', '.join(DATASHEET_FLOPS)}")
+        peak = DATASHEET_FLOPS[device]
+        products = self.matrix / MATRIX + self.fp8 / FP8 + self.attention / ATTENTION
+        return products / peak + self.moved / BANDWIDTH
+
+
+def work(model: nn.Module, method: MaskedAttention, length: int, savings: Savings, fp8: bool) -> Work:
+    """What a token of a row of `length` costs a tuned model with these savings."""
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    counts = savings.resolve(config.num_hidden_layers)
+    share = int(counts.checkpoint_layers) / config.num_hidden_layers
+    again = share * (1 - 1 / counts.checkpoint_every)  # forwards that find the inputs that were not kept
+    frozen = trained = head = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | FP8Linear) and "lora_" not in name:
+            size = module.in_features * module.out_features
+            if "lm_head" in name:
+                head += size
+            elif isinstance(module, nn.Linear) and module.weight.requires_grad:
+                trained += size
+            else:
+                frozen += size
+    last = config.hidden_size * config.intermediate_size * config.num_hidden_layers  # no one needs its output again
+    passes = 2 + again
+    layers = 2 * (passes * (frozen + trained) + share * (frozen + trained - last))
+    attention = attention_flops(config, method, length)
+    unsaved = share - int(counts.save_attention) / config.num_hidden_layers
+    width = config.hidden_size + config.intermediate_size
+    return Work(
+        matrix=2 * trained + 4 * head + (0 if fp8 else layers),
+        fp8=layers if fp8 else 0,
+        attention=attention * (1 + BACKWARD + unsaved + again),
+        moved=2 * MOVED * width * config.num_hidden_layers * (1 + again / 3),
+    )

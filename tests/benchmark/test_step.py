@@ -1,0 +1,97 @@
+"""Steps, lengths and traces of a tiny random model on a CPU; what they write, not how fast they are."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from hydra.utils import instantiate
+
+from lctrain.benchmark.length import LADDER
+from lctrain.benchmark.random_model import RandomModel
+from lctrain.benchmark.run import main
+from lctrain.benchmark.step import choose
+from lctrain.benchmark.trace import summarize
+from lctrain.config import compose
+from lctrain.errors import InputError
+
+SMALL = ["lengths=[64]", "num_steps=1"]
+
+
+def run(what, folder, *overrides):
+    main(compose("benchmark", [f"what={what}", f"run_dir={folder}", *SMALL, *overrides]))
+
+
+def test_step_measures_every_case(tmp_path):
+    run("step", tmp_path, "attentions=[full,shifted_sparse]", "lengths=[64,128]")
+    written = json.loads((tmp_path / "step.json").read_text())
+    assert [(row["attention"], row["length"], len(row["seconds"])) for row in written["rows"]] == [
+        ("full", 64, 1),
+        ("full", 128, 1),
+        ("shifted_sparse", 64, 1),
+        ("shifted_sparse", 128, 1),
+    ]
+    assert written["versions"]["torch"]
+
+
+def test_tunings_other_than_full_train_random_weights(tmp_path):
+    run("step", tmp_path, "tunings=[longlora]", "model.dtype=bfloat16", "memory=checkpoint")
+    (row,) = json.loads((tmp_path / "step.json").read_text())["rows"]
+    assert row["tuning"] == "LoRATuning and embed, norm"
+    assert row["memory"].startswith("all layers recomputed")
+
+
+def test_length_of_a_given_memory(tmp_path):
+    run("length", tmp_path, "ladder=false", "memory=checkpoint")
+    (row,) = json.loads((tmp_path / "length.json").read_text())["rows"]
+    assert row["length"] == 64
+    assert len({str(savings) for savings in LADDER.values()}) == len(LADDER)
+
+
+def test_trace_is_an_artefact(tmp_path):
+    run("trace", tmp_path)
+    assert (tmp_path / "trace.json.gz").stat().st_size > 0
+    summary = json.loads((tmp_path / "trace_summary.json").read_text())
+    assert 0 < summary["busy"] <= 1
+    assert summary["kernels"]
+
+
+def test_busy_is_the_union_of_spans():
+    def event(name, start, end, kind="CUDA"):
+        span = SimpleNamespace(start=start, end=end)
+        device = SimpleNamespace(name=kind)
+        return SimpleNamespace(name=name, time_range=span, device_type=device, is_user_annotation=name == "step")
+
+    events = [
+        event("step", 0, 100), event("a", 0, 40), event("b", 20, 50), event("a", 90, 100),
+        event("cudaStreamSynchronize", 0, 1, kind="CPU"),
+    ]  # fmt: skip
+    traced = summarize(events, num_compilations=0)
+    assert traced.busy == pytest.approx(0.6)
+    assert traced.num_synchronizations == 1
+    assert traced.kernels == [("a", pytest.approx(50e-6)), ("b", pytest.approx(30e-6))]
+
+
+def test_random_models_have_the_published_shape():
+    import torch
+
+    recipe = instantiate(compose("benchmark", ["tuning=lora"]).model, _convert_="all")
+    random = RandomModel.like(recipe, torch.device("cpu"))
+    random.check([64])
+    assert random.base_config().hidden_size == recipe.base_config().hidden_size
+    weight = "model.embed_tokens.weight"
+    parameters = [dict(made.build().get_base_model().named_parameters())[weight] for made in (random, recipe)]
+    assert not torch.equal(*parameters)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"), [("peer=nobody", "peer=nobody"), ("attentions=[ful]", "did you mean 'full'")]
+)
+def test_refusals(override, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        run("step", tmp_path, override)
+
+
+def test_chosen_groups_replace_each_other_and_no_choice_keeps_what_is_configured():
+    cfg = compose("benchmark", ["attention=sliding_window", "attention.sliding_window=8"])
+    assert "sliding_window" not in choose(cfg, attention="full").attention
+    assert choose(cfg, attention=None).attention.sliding_window == 8
