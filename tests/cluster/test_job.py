@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from lctrain import config
@@ -71,7 +72,6 @@ def test_what_is_written_is_the_template_with_this_jobs_lines(template):
     written = script(f"slurm.script={template.stem}", "slurm.array=4").splitlines()
     own = ("#SBATCH", "#   sbatch", "export ", "source ")
     shared = [line for line in template.read_text().splitlines() if not line.startswith(own)]
-    assert [line for line in written if line in shared and line][: len(shared)]
     assert all(line in written for line in shared)
     sourced = next(line.split()[1] for line in template.read_text().splitlines() if line.startswith("source"))
     assert (config.root() / sourced).read_text().partition("\n")[2] in "\n".join(written) + "\n"
@@ -111,7 +111,7 @@ def test_times_as_slurm_writes_them(text, seconds):
     ],
 )
 def test_what_can_not_be_is_refused(overrides, line):
-    with pytest.raises(Exception, match=".*") as caught:
+    with pytest.raises(InstantiationException) as caught:
         job(*overrides.split())
     assert line in str(config.explain(caught.value, "submit"))
     assert isinstance(config.explain(caught.value, "submit"), InputError)

@@ -37,10 +37,10 @@ def run(site, tmp_path, *command):
 
 
 def test_the_wheel_finds_its_own_conf_and_assets(wheel, tmp_path):
-    show = "from lctrain import config; print(config.conf_dir()); print(config.asset('tiny-base'))"
-    conf, asset = run(wheel, tmp_path, "-c", show).splitlines()
-    assert Path(conf).is_relative_to(wheel)
-    for installed, original in ((Path(conf), config.conf_dir()), (Path(asset), Path(config.asset("tiny-base")))):
+    (root,) = run(wheel, tmp_path, "-c", "from lctrain import config; print(config.root())").splitlines()
+    assert Path(root).is_relative_to(wheel)
+    for name in ("conf", "slurm", "data/tiny-base"):
+        installed, original = Path(root, name), config.root() / name
         files = {path.relative_to(original) for path in original.rglob("*") if path.is_file()}
         assert {path.relative_to(installed) for path in installed.rglob("*") if path.is_file()} == files
 

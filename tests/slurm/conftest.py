@@ -26,6 +26,8 @@ RUN = f"""slurm.nodes=2 slurm.gpus_per_node=0 slurm.tasks_per_node=1 slurm.cpus_
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """Skips where Slurm can't be started."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        pytest.skip("a cluster is started once on a machine: run pytest tests/slurm without -n")
     cluster = Cluster(Path(os.environ.get("SLURM_CI_DIR", "/tmp/slurm-lctrain")))
     try:
         install()
