@@ -43,7 +43,7 @@ def ends_well(job_id: str, count: int = 1) -> None:
     assert set(states()) == {"COMPLETED"}
 
 
-def test_an_array_of_seeds_and_an_evaluation_that_waits_for_it(lctrain, tmp_path):
+def test_an_array_of_seeds_and_an_evaluation_that_waits_for_it(lctrain, cluster, tmp_path):
     told = lctrain("submit", *SHORT, *ONE, "slurm.array=[1,2]", "run_dir=runs/seeds")
     array = next(line.split()[1] for line in told.splitlines() if line.startswith("job"))
     assert f"log     {tmp_path}/runs/seeds/slurm-{array}_" in told
@@ -52,9 +52,11 @@ def test_an_array_of_seeds_and_an_evaluation_that_waits_for_it(lctrain, tmp_path
     model = f"model.path={config.asset('tiny-base')}"
     told = lctrain("submit", "evaluate", *words, *sizes, *ONE, model, "run_dir=eval")
     evaluation = next(line.split()[1] for line in told.splitlines() if line.startswith("job"))
-    assert {job.state for job in job_states([evaluation]).values()} == {"PENDING"}
     ends_well(array, 2)
     ends_well(evaluation)
+    accounts = cluster.run("sacct", "-nXP", f"--jobs={array},{evaluation}", "--format=JobID,Start,End").splitlines()
+    times = {job_id: (start, end) for job_id, start, end in (line.split("|") for line in accounts)}
+    assert times[f"{evaluation}_1"][0] >= max(times[f"{array}_1"][1], times[f"{array}_2"][1])
     losses = [read_history(tmp_path / f"runs/seeds/{seed}/metrics.jsonl")[-1]["loss"] for seed in (1, 2)]
     assert losses[0] != losses[1]
     assert (tmp_path / "eval/1/report.json").is_file()
