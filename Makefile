@@ -19,11 +19,14 @@ demo: install
 
 test: export OMP_NUM_THREADS = 1
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@status=0; \
+	$(BIN)/python -m pytest tests/slurm || status=1; \
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --ignore=tests/slurm || status=1; \
+	exit $$status
 
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/shellcheck .ci/run
+	$(BIN)/shellcheck .ci/run slurm/*.sbatch slurm/*.sh tests/slurm/node-init

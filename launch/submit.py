@@ -12,7 +12,7 @@ examples:
   lctrain submit experiment=longlora_7b_32k slurm.nodes=2 slurm.gpus_per_node=8 slurm.time=24:00:00 run_dir=runs/7b
   lctrain submit experiment=demo run_dir=runs/demo --dry-run
   lctrain submit experiment=demo run_dir=runs/seeds slurm.array=0-3 slurm.dependency=afterok:1234
-  lctrain submit evaluate model.path=runs/7b/exported run_dir=runs/7b-evaluated slurm.array=32,64,128
+  lctrain submit evaluate model.path=runs/7b/exported run_dir=runs/7b-evaluated slurm.array=[32,64,128]
 """
 
 from omegaconf import DictConfig

@@ -34,7 +34,7 @@ class Job:
     account: str | None
     qos: str | None
     constraint: str | None
-    array: str | int | None
+    array: str | int | Sequence[int] | None
     dependency: str | None
     signal_seconds: int
     max_restarts: int
@@ -81,9 +81,12 @@ class Job:
             yield "gpus-per-node", self.gpus_per_node
         yield "cpus-per-task", self.cpus_per_task
         yield "time", self.time
-        for name in ("mem", "partition", "account", "qos", "constraint", "array", "dependency"):
+        numbers = self.array if isinstance(self.array, str | int | None) else ",".join(map(str, self.array))
+        for name in ("mem", "partition", "account", "qos", "constraint", "dependency"):
             if getattr(self, name) is not None:
                 yield name, getattr(self, name)
+        if numbers is not None:
+            yield "array", numbers
         if not self.evaluates:  # an evaluation that is cut off begins again
             yield "signal", f"B:USR1@{self.signal_seconds}"
         yield "requeue", None

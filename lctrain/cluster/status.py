@@ -6,11 +6,12 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from lctrain.cluster.slurm import JobState, job_states
 from lctrain.cluster.submit import JOB_ID
@@ -46,8 +47,8 @@ class Run:
     @property
     def seconds_left(self) -> float | None:
         """From the median step of the last fifty; None before there are two."""
-        pairs = list(zip(self.rows[-51:], self.rows[-50:], strict=False))
-        seconds = [(b["tokens"] - a["tokens"]) / b["tokens_per_second"] for a, b in pairs]
+        recent = self.rows[-51:]
+        seconds = [(b["tokens"] - a["tokens"]) / b["tokens_per_second"] for a, b in pairwise(recent)]
         return statistics.median(seconds) * (self.max_steps - self.step) if seconds else None
 
 
@@ -60,16 +61,16 @@ def main(cfg: DictConfig) -> None:
         raise InputError(f"folder={cfg.folder} holds no runs")
     runs = [_read(folder) for folder in folders]
     jobs = job_states(run.job_id for run in runs if run.job_id)
-    table = Table("run", "job", "state", "step", "loss", "tokens/s", "time left", "restarts")
+    table = Table(Column("run", overflow="fold"), "job", "state", "step", "loss", "tokens/s", "time left", "restarts")
     for run in runs:
-        table.add_row(*_row(run, run.state(jobs)))
+        name = run.folder if cfg.run_dir is not None else run.folder.relative_to(cfg.folder)
+        table.add_row(str(name), *_row(run, run.state(jobs)))
     Console().print(table)
 
 
 def _row(run: Run, state: str) -> Iterator[str]:
     last = run.rows[-1] if run.rows else {}
     left = run.seconds_left if state == "running" else None
-    yield str(run.folder)
     yield run.job_id or ""
     yield state
     yield f"{run.step:,}/{run.max_steps:,}"

@@ -26,7 +26,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.dry_run:
         print(script, end="")
         return
-    _check_folder(run_dir, cfg.resume)
+    _check_folder(run_dir, cfg.get("resume", "never"))
     for line in (check_evaluation if job.evaluates else check_training)(cfg, job):
         print(line)
     call("sbatch", "--test-only", given=script)

@@ -31,10 +31,11 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def status(capsys, tmp_path):
+def status(capsys, tmp_path, monkeypatch):
     """Prints the table; its rows, name → cells."""
 
     def show(run_dir=None):
+        monkeypatch.setenv("COLUMNS", "300")
         main(OmegaConf.create({"run_dir": run_dir and str(run_dir), "folder": str(tmp_path / "runs")}))
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
         cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]

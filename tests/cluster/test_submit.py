@@ -15,7 +15,7 @@ from lctrain.errors import InputError
 
 
 def test_the_snapshot_composes_to_the_run_that_was_asked_for(submission, slurm, tmp_path, capsys, monkeypatch):
-    cfg = submission("optimizer.lr=3e-3", "attention=streaming", "slurm.nodes=2")
+    cfg = submission("optimizer.lr=3e-3", "attention=sliding_window", "attention.sliding_window=8", "slurm.nodes=2")
     submit(cfg)
     run = tmp_path / "run"
     told = capsys.readouterr().out
@@ -95,7 +95,7 @@ def test_a_folder_is_not_queued_twice(submission, slurm, commands, tmp_path):
     with pytest.raises(InputError, match="already holds a run"):
         submit(submission())
     commands(squeue="echo '77|PENDING|Resources'")
-    with pytest.raises(InputError, match="job 77 of .* is PENDING"):
+    with pytest.raises(InputError, match=r"job 77 of .* is PENDING"):
         submit(submission("resume=auto"))
     commands(squeue="")
     submit(submission("resume=auto"))
@@ -117,7 +117,7 @@ def test_an_evaluation_is_an_array_over_lengths(slurm, saved, text, tmp_path):
     words = [f"run_dir={tmp_path}/run", f"model.path={saved('llama')}", "data=text", f"data.path={text}"]
     sizes = ["sequence_length=64", "evaluation=perplexity", "slurm.gpus_per_node=0", "slurm.tasks_per_node=1"]
     small = [f"datamodule.cache_dir={tmp_path}/tokens", "datamodule.heldout_fraction=0.5"]
-    lengths = ["evaluation.perplexity.context_lengths=[64]", "evaluation.perplexity.num_tokens=64"]
+    lengths = ["evaluation.perplexity.lengths=[64]", "evaluation.perplexity.num_tokens=64"]
     cfg = config.compose("submit_evaluate", [*words, *sizes, *small, *lengths])
     submit(cfg)
     script = (tmp_path / "run/job.sbatch").read_text()

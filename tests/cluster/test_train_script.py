@@ -65,7 +65,7 @@ def test_a_task_of_an_array_has_a_seed_and_a_folder_of_its_own(job):
 
 
 def test_a_signal_is_passed_on_and_the_step_waited_for(job):
-    slow = "trap 'exit 75' USR1; kill -TERM $PPID; for i in {1..100}; do sleep 0.1; done"
+    slow = "trap 'exit 75' USR1; sleep 1; kill -TERM $PPID; for i in {1..100}; do sleep 0.1; done"
     returned, called = job(1, srun=slow)
     assert returned == 75
     assert "scontrol requeue 12" in called

@@ -12,6 +12,7 @@ import pytest
 from lctrain.folder import whole_checkpoints
 from tests.slurm.cluster import wait_for
 from tests.slurm.conftest import EVERY, NUM_STEPS, Run
+from tests.training.test_loggers import items, records
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("processes")]
 
@@ -20,6 +21,21 @@ def assert_same(run: Run, undisturbed: Run) -> None:
     """The losses of every step, each once, and the final weights."""
     assert run.losses() == undisturbed.losses()
     assert run.weights() == undisturbed.weights()
+
+
+def assert_one_wandb_run(run: Run) -> None:
+    """Offline, in a file for each life of the job: the same id, one axis of steps, the restarts logged."""
+    files = sorted(run.folder.glob("wandb/offline-run-*/*.wandb"))
+    read = [record for file in files for record in records(file)]
+    assert len(files) == 2
+    assert len({record.run.run_id for record in read if record.HasField("run")}) == 1
+    history = [record.history for record in read if record.HasField("history")]
+    trained = [row for row in history if "loss" in items(row.item)]
+    assert [row.step.num for row in trained] == list(range(1, NUM_STEPS + 1))
+    restarts = [items(row.item)["restarts"] for row in trained]
+    assert (restarts[0], restarts[-1]) == (0, 1)
+    configs = [items(record.config.update) for record in read if record.HasField("config")]
+    assert {entry["slurm"]["job_id"] for entry in configs if "slurm" in entry} == {run.job_id}
 
 
 def ranks(run: Run) -> list[int]:
@@ -79,13 +95,14 @@ def test_3_power_cut_while_a_checkpoint_is_written(submit, undisturbed, seen, cl
 
 
 def test_4_requeue(submit, undisturbed, seen, cluster):
-    run = submit()
+    run = submit(None, "logger=wandb")
     run.reaches(15)
     cluster.run("scontrol", "requeue", run.job_id)
     steps, seconds = run.comes_back()
     run.ends()
     assert steps == 0  # there was time for a checkpoint
     assert_same(run, undisturbed)
+    assert_one_wandb_run(run)
     seen(steps, seconds)
 
 

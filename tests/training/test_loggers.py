@@ -98,6 +98,7 @@ def test_an_offline_run_holds_the_history_the_config_and_no_secret(run, tmp_path
     assert len(set(starts)) == 1
     steps = [items(r.history.item)["trainer/global_step"] for r in records(files[0]) if r.HasField("history")]
     assert sorted(set(steps)) == [5, 6]
+    assert {r.history.step.num for r in records(files[0]) if r.HasField("history")} == {5, 6}  # W&B's own axis
 
 
 def test_an_unreachable_server_costs_seconds_and_nothing_else(run, tmp_path, offline, monkeypatch, caplog):
