@@ -63,7 +63,7 @@ def test_an_offline_run_holds_the_history_the_config_and_no_secret(run, tmp_path
     ]
     caplog.set_level("INFO")
     rows = run(*overrides).history
-    wandb.finish()
+    wandb.teardown()  # ends its service too: what it still held is in the file then
     (folder,) = (tmp_path / "run/wandb").glob("offline-run-*")
     assert f"W&B: offline; upload with: wandb sync {folder}" in caplog.text
     (file,) = folder.glob("*.wandb")
@@ -91,7 +91,7 @@ def test_an_offline_run_holds_the_history_the_config_and_no_secret(run, tmp_path
     monkeypatch.setattr(sys, "argv", ["lctrain"])
     time.sleep(1)  # W&B names a run's folder by the second
     run(*overrides, "resume=auto", "trainer.max_steps=6", "curriculum.num_steps=4")
-    wandb.finish()
+    wandb.teardown()
     files = [path for path in (tmp_path / "run/wandb").glob("offline-run-*/*.wandb") if path != file]
     starts = [record.run.run_id for path in (file, *files) for record in records(path) if record.HasField("run")]
     assert len(files) == 1
