@@ -37,6 +37,16 @@ def records(path: Path) -> Iterator[Record]:
             whole = b""
 
 
+def finished(path: Path) -> list[Any]:
+    """All records, once W&B's own process has written the last of them."""
+    for _ in range(600):
+        read = list(records(path))
+        if any(record.HasField("exit") for record in read):
+            return read
+        time.sleep(0.1)
+    raise AssertionError(f"W&B did not finish {path}")
+
+
 def items(entries: Any) -> dict[str, Any]:
     return {entry.key or "/".join(entry.nested_key): json.loads(entry.value_json) for entry in entries}
 
@@ -48,7 +58,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     yield
-    wandb.teardown()
+    wandb.finish()
 
 
 def test_an_offline_run_holds_the_history_the_config_and_no_secret(run, tmp_path, offline, monkeypatch, caplog):
@@ -63,11 +73,11 @@ def test_an_offline_run_holds_the_history_the_config_and_no_secret(run, tmp_path
     ]
     caplog.set_level("INFO")
     rows = run(*overrides).history
-    wandb.teardown()  # ends its service too: what it still held is in the file then
+    wandb.finish()
     (folder,) = (tmp_path / "run/wandb").glob("offline-run-*")
     assert f"W&B: offline; upload with: wandb sync {folder}" in caplog.text
     (file,) = folder.glob("*.wandb")
-    read = list(records(file))
+    read = finished(file)
     history = [items(record.history.item) for record in read if record.HasField("history")]
     trained = [row for row in history if "loss" in row]
     for row, logged in zip(rows, trained, strict=True):
@@ -91,14 +101,14 @@ def test_an_offline_run_holds_the_history_the_config_and_no_secret(run, tmp_path
     monkeypatch.setattr(sys, "argv", ["lctrain"])
     time.sleep(1)  # W&B names a run's folder by the second
     run(*overrides, "resume=auto", "trainer.max_steps=6", "curriculum.num_steps=4")
-    wandb.teardown()
+    wandb.finish()
     files = [path for path in (tmp_path / "run/wandb").glob("offline-run-*/*.wandb") if path != file]
     starts = [record.run.run_id for path in (file, *files) for record in records(path) if record.HasField("run")]
     assert len(files) == 1
     assert len(set(starts)) == 1
-    steps = [items(r.history.item)["trainer/global_step"] for r in records(files[0]) if r.HasField("history")]
-    assert sorted(set(steps)) == [5, 6]
-    assert {r.history.step.num for r in records(files[0]) if r.HasField("history")} == {5, 6}  # W&B's own axis
+    added = [record.history for record in finished(files[0]) if record.HasField("history")]
+    assert sorted({items(row.item)["trainer/global_step"] for row in added}) == [5, 6]
+    assert {row.step.num for row in added} == {5, 6}  # W&B's own axis
 
 
 def test_an_unreachable_server_costs_seconds_and_nothing_else(run, tmp_path, offline, monkeypatch, caplog):
