@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from lctrain.benchmark.peers.common import Settings, adapters, answer, random_model, settings, timed, tokens
+from lctrain.benchmark.peers.whole_step import Settings, adapters, answer, random_model, settings, timed, tokens
 
 _flex = torch.compile(flex_attention, dynamic=False)
 

@@ -16,7 +16,15 @@ from transformers import AttentionInterface, PreTrainedTokenizerFast, TrainerCal
 from transformers.masking_utils import AttentionMaskInterface
 from trl import SFTConfig, SFTTrainer
 
-from lctrain.benchmark.peers.common import WARM_UP_LENGTH, Settings, adapters, answer, random_model, settings, tokens
+from lctrain.benchmark.peers.whole_step import (
+    WARM_UP_LENGTH,
+    Settings,
+    adapters,
+    answer,
+    random_model,
+    settings,
+    tokens,
+)
 
 OFFLOAD_FROM = 100_000  # tokens: past these, full attention does not fit without
 
