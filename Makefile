@@ -21,7 +21,7 @@ test: export OMP_NUM_THREADS = 1
 test: install
 	@status=0; \
 	$(BIN)/python -m pytest tests/slurm || status=1; \
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --ignore=tests/slurm || status=1; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/slurm || status=1; \
 	exit $$status
 
 check: install

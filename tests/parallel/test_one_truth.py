@@ -10,7 +10,6 @@ import pytest
 from lctrain.checkpoint import read_values
 from lctrain.folder import read_history
 
-pytestmark = pytest.mark.xdist_group("processes")  # alone: they start as many as there are cores
 
 ATTENTION = {
     "full": [],

@@ -14,7 +14,7 @@ from tests.slurm.cluster import wait_for
 from tests.slurm.conftest import EVERY, NUM_STEPS, Run
 from tests.training.test_loggers import items, records
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("processes")]
+pytestmark = pytest.mark.slurm
 
 
 def assert_same(run: Run, undisturbed: Run) -> None:
