@@ -10,7 +10,6 @@ import pytest
 from lctrain.checkpoint import read_values
 from lctrain.folder import read_history
 
-
 ATTENTION = {
     "full": [],
     "sliding_window": ["attention=sliding_window", "attention.sliding_window=16"],

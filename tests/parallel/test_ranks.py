@@ -5,7 +5,6 @@ import time
 
 import pytest
 
-
 SHORT = ["strategy=ddp", "callbacks.watchdog.timeout_minutes=0.25", "trainer.max_steps=9", "evaluation=none"]
 
 

@@ -10,7 +10,6 @@ from lctrain.checkpoint import read_values
 from lctrain.export import export
 from lctrain.folder import rank_files, read_history
 
-
 MIDDLE, END = "checkpoints/step-00000006.ckpt", "checkpoints/step-00000012.ckpt"
 ROWS_PER_STEP = 4
 TOLERANCE = 1e-5
