@@ -1,5 +1,6 @@
 """Weights & Biases: online with a key, else offline; never a reason for a run to stop."""
 
+import json
 import logging
 import os
 import secrets
@@ -24,12 +25,30 @@ class StepLogger(WandbLogger):
     """Lightning's logger with W&B's own axis in optimizer steps.
 
     W&B counts calls otherwise, and a run that goes on offline would count from 0 again. Steps that a crash took back
-    and that are logged once more are the same to the bit; a server keeps the first.
+    and that are logged once more are the same to the bit; a server keeps the first. W&B's own process may end before
+    the run does (Slurm sends SIGTERM to every process of a job): what it no longer takes waits in `missed`, and is
+    logged first when the run goes on.
     """
+
+    missed: Path
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
+        row = {**metrics, "trainer/global_step": step}
+        try:
+            self.experiment.log(row, step=step)
+        except Exception as error:  # whatever became of W&B, the run goes on
+            log.warning("W&B did not take step %s (%s)", step, type(error).__name__)
+            with self.missed.open("a") as missed:
+                missed.write(json.dumps(row) + "\n")
+
+    def log_missed(self) -> None:
+        """What an earlier start of the run could not log."""
+        if self.missed.exists():
+            rows = [json.loads(line) for line in self.missed.read_text().splitlines()]
+            self.missed.unlink()
+            for row in rows:
+                self.experiment.log(row, step=row["trainer/global_step"])
 
 
 def wandb_logger(
@@ -56,7 +75,10 @@ def wandb_logger(
     log.info("W&B: %s", run.url if online else f"offline; upload with: wandb sync {Path(run.dir).parent}")
     if job := {name: os.environ[variable] for name, variable in SLURM.items() if variable in os.environ}:
         run.config.update({"slurm": job}, allow_val_change=True)  # type: ignore[no-untyped-call]
-    return StepLogger(experiment=run)
+    logger = StepLogger(experiment=run)
+    logger.missed = Path(folder) / "wandb_missed.jsonl"
+    logger.log_missed()
+    return logger
 
 
 def _start(

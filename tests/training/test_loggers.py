@@ -145,3 +145,26 @@ def test_csv_holds_the_same_history(run, tmp_path):
     lines = (tmp_path / "run/csv/version_0/metrics.csv").read_text().splitlines()
     losses = [dict(zip(lines[0].split(","), line.split(","), strict=True))["loss"] for line in lines[1:]]
     assert [float(loss) for loss in losses if loss] == [row["loss"] for row in rows]
+
+
+def test_what_a_dead_service_did_not_take_is_logged_when_the_run_goes_on(tmp_path, offline, caplog):
+    """Slurm's SIGTERM goes to W&B's own process too, which ends at once."""
+    settings = {"project": "p", "entity": None, "name": None, "folder": str(tmp_path), "mode": "offline"}
+    first = loggers.wandb_logger(**settings)
+    first.log_metrics({"loss": 3.0}, step=1)
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise ConnectionResetError
+
+    first.experiment.finish()
+    first._experiment = type("Gone", (), {"log": gone, "__call__": gone})()
+    first.log_metrics({"loss": 2.0}, step=2)
+    assert "W&B did not take step 2 (ConnectionResetError)" in caplog.text
+    time.sleep(1)  # W&B names a run's folder by the second
+    second = loggers.wandb_logger(**settings)
+    second.log_metrics({"loss": 1.0}, step=3)
+    wandb.finish()
+    newest = max(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    rows = [record.history for record in finished(newest) if record.HasField("history")]
+    assert [(row.step.num, items(row.item)["loss"]) for row in rows] == [(2, 2.0), (3, 1.0)]
+    assert not second.missed.exists()
