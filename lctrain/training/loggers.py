@@ -1,6 +1,5 @@
 """Weights & Biases: online with a key, else offline; never a reason for a run to stop."""
 
-import json
 import logging
 import os
 import secrets
@@ -12,7 +11,7 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lctrain.folder import is_first_process
+from lctrain.folder import is_first_process, read_history
 
 log = logging.getLogger(__name__)
 
@@ -24,31 +23,16 @@ SLURM = {"job_id": "SLURM_JOB_ID", "nodes": "SLURM_JOB_NODELIST", "restarts": "S
 class StepLogger(WandbLogger):
     """Lightning's logger with W&B's own axis in optimizer steps.
 
-    W&B counts calls otherwise, and a run that goes on offline would count from 0 again. Steps that a crash took back
-    and that are logged once more are the same to the bit; a server keeps the first. W&B's own process may end before
-    the run does (Slurm sends SIGTERM to every process of a job): what it no longer takes waits in `missed`, and is
-    logged first when the run goes on.
+    W&B counts calls otherwise, and a run that goes on offline would count from 0 again. Steps that are logged twice are
+    the same to the bit; a server keeps the first.
     """
-
-    missed: Path
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        row = {**metrics, "trainer/global_step": step}
         try:
-            self.experiment.log(row, step=step)
-        except Exception as error:  # whatever became of W&B, the run goes on
+            self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
+        except Exception as error:  # whatever became of W&B, metrics.jsonl has the step and the run goes on
             log.warning("W&B did not take step %s (%s)", step, type(error).__name__)
-            with self.missed.open("a") as missed:
-                missed.write(json.dumps(row) + "\n")
-
-    def log_missed(self) -> None:
-        """What an earlier start of the run could not log."""
-        if self.missed.exists():
-            rows = [json.loads(line) for line in self.missed.read_text().splitlines()]
-            self.missed.unlink()
-            for row in rows:
-                self.experiment.log(row, step=row["trainer/global_step"])
 
 
 def wandb_logger(
@@ -76,8 +60,11 @@ def wandb_logger(
     if job := {name: os.environ[variable] for name, variable in SLURM.items() if variable in os.environ}:
         run.config.update({"slurm": job}, allow_val_change=True)  # type: ignore[no-untyped-call]
     logger = StepLogger(experiment=run)
-    logger.missed = Path(folder) / "wandb_missed.jsonl"
-    logger.log_missed()
+    if (
+        not online
+    ):  # W&B's process may have ended before what it held was on the disk: a file holds all of the run so far
+        for row in read_history(Path(folder) / "metrics.jsonl"):
+            logger.log_metrics({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
     return logger
 
 

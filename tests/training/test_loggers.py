@@ -107,8 +107,8 @@ def test_an_offline_run_holds_the_history_the_config_and_no_secret(run, tmp_path
     assert len(files) == 1
     assert len(set(starts)) == 1
     added = [record.history for record in finished(files[0]) if record.HasField("history")]
-    assert sorted({items(row.item)["trainer/global_step"] for row in added}) == [5, 6]
-    assert {row.step.num for row in added} == {5, 6}  # W&B's own axis
+    assert [items(row.item)["trainer/global_step"] for row in added if "loss" in items(row.item)] == [1, 2, 3, 4, 5, 6]
+    assert {row.step.num for row in added} == {1, 2, 3, 4, 5, 6}  # W&B's own axis
 
 
 def test_an_unreachable_server_costs_seconds_and_nothing_else(run, tmp_path, offline, monkeypatch, caplog):
@@ -147,24 +147,15 @@ def test_csv_holds_the_same_history(run, tmp_path):
     assert [float(loss) for loss in losses if loss] == [row["loss"] for row in rows]
 
 
-def test_what_a_dead_service_did_not_take_is_logged_when_the_run_goes_on(tmp_path, offline, caplog):
+def test_a_service_that_is_gone_stops_nothing(tmp_path, offline, caplog):
     """Slurm's SIGTERM goes to W&B's own process too, which ends at once."""
     settings = {"project": "p", "entity": None, "name": None, "folder": str(tmp_path), "mode": "offline"}
-    first = loggers.wandb_logger(**settings)
-    first.log_metrics({"loss": 3.0}, step=1)
+    logger = loggers.wandb_logger(**settings)
 
     def gone(*_: Any, **__: Any) -> None:
         raise ConnectionResetError
 
-    first.experiment.finish()
-    first._experiment = type("Gone", (), {"log": gone, "__call__": gone})()
-    first.log_metrics({"loss": 2.0}, step=2)
+    logger.experiment.finish()
+    logger._experiment = type("Gone", (), {"log": gone, "__call__": gone})()
+    logger.log_metrics({"loss": 2.0}, step=2)
     assert "W&B did not take step 2 (ConnectionResetError)" in caplog.text
-    time.sleep(1)  # W&B names a run's folder by the second
-    second = loggers.wandb_logger(**settings)
-    second.log_metrics({"loss": 1.0}, step=3)
-    wandb.finish()
-    newest = max(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-    rows = [record.history for record in finished(newest) if record.HasField("history")]
-    assert [(row.step.num, items(row.item)["loss"]) for row in rows] == [(2, 2.0), (3, 1.0)]
-    assert not second.missed.exists()
