@@ -112,7 +112,7 @@ class Watchdog(Callback):
             step=self._step,
             doing=self._doing,
             at=f"{Path(frames[-1].filename).name}:{frames[-1].lineno}",
-            exchanges=any("/torch/distributed/" in frame.filename for frame in frames),
+            exchanges=any(part in frames[-1].filename for part in ("/torch/distributed/", "/torch/nn/parallel/")),
         )
         aside = self._file(self._rank).with_suffix(".partial")
         aside.write_text(json.dumps(asdict(beat)))

@@ -47,7 +47,6 @@ class Loading(Callback):
         kept = sum(p.ds_tensor.numel() * p.element_size() for p in parameters)
         assert whole > 50_000  # bytes, or nothing below means anything
         assert kept < 0.3 * whole, (kept, whole)
-        # The first rank reads the file into the host's memory and gives out a layer at a time.
-        file = whole if trainer.is_global_zero else 0
-        assert self.storages.peak < file + 2 * whole, (self.storages.peak, whole)
+        # The file is read into the host's memory, here the same as the device's; beside it no model may stand whole.
+        assert self.storages.peak < whole + 0.7 * whole, (self.storages.peak, whole)
         print(f"loaded: {self.storages.peak / whole:.2f} of the model at most, {kept / whole:.2f} kept", flush=True)

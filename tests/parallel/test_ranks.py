@@ -54,7 +54,9 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(start, strategy):
     ranks = ended(start, {"hangs": hang}, 30)
     assert [process.returncode for process in ranks.processes] == [1, 1]
     logs = ranks.log(0) + ranks.log(1)
-    assert logs.count("error: nothing moved for 0.25 minutes: rank ") >= 1
+    assert logs.count("error: nothing moved for 0.25 minutes: rank 1 (") == 1
+    assert "after step 3 at sabotage.py:" in logs
+    assert "keeps the others waiting" in logs
 
 
 def test_a_rank_that_is_frozen_ends_the_run(start):
