@@ -1,11 +1,14 @@
-"""What attends to what. A masked method is one function over positions; every kernel runs that same function."""
+"""What attends to what. A masked method is one function over positions; every kernel runs that same function.
+
+Shape legend: B batch, H query heads, K key-value heads, L queries, S keys, D head dim.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lctrain.errors import InputError
@@ -26,7 +29,38 @@ class Layout:
     decoding: bool = False  # fewer queries than keys: the row's final length is not known
 
 
-class MaskedAttention(ABC):
+Run = Callable[["MaskedAttention", Tensor, Tensor, Tensor], Tensor]
+"""(pattern, q_BHLD, k_BKSD, v_BKSD) -> [B, H, L, D]: attention under one pattern, on whatever kernel was chosen."""
+
+
+class Attention(ABC):
+    """What a model computes in place of full attention: one pattern, or something made from several."""
+
+    supports_sequence_parallel: ClassVar[bool] = True  # the layout tells which heads are here
+
+    @abstractmethod
+    def attend(
+        self, module: nn.Module, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, layout: Layout, run: Run
+    ) -> Tensor:
+        """The output [B, H, L, D] of one layer, whose attention module is `module`."""
+
+    @abstractmethod
+    def parts(self, layout: Layout) -> Sequence[tuple["MaskedAttention", int]]:
+        """The patterns that `attend` runs in this layer, each with its number of query heads: what the layer costs."""
+
+    def check(self, config: PreTrainedConfig, lengths: list[int]) -> None:  # noqa: B027 - most fit always
+        """Raise InputError if the method does not fit the model, or rows of these lengths (ascending)."""
+
+    def can_decode(self) -> bool:
+        """Whether the method is defined while the row's final length is not known."""
+        return True
+
+    def adapt_config(self, config: PreTrainedConfig) -> str | None:
+        """Write into the config what plain transformers can reproduce; returns what was replaced, for the log."""
+        return None
+
+
+class MaskedAttention(Attention):
     """A static pattern.
 
     `visible` sees positions *inside a document*, so a packed document attends exactly as it would alone. Causality,
@@ -35,18 +69,9 @@ class MaskedAttention(ABC):
     empty or fills costs nothing to find (`lctrain.kernels.interval`); anything else works, and builds more slowly.
     """
 
-    supports_sequence_parallel: ClassVar[bool] = True  # `visible` asks the layout which heads are here
-
     @abstractmethod
     def visible(self, layout: Layout) -> MaskMod:
         """The pattern of one layer as a function of positions."""
-
-    def check(self, config: PreTrainedConfig, lengths: list[int]) -> None:  # noqa: B027 - most patterns fit always
-        """Raise InputError if the pattern does not fit the model, or rows of these lengths (ascending)."""
-
-    def can_decode(self) -> bool:
-        """Whether the pattern is defined while the row's final length is not known."""
-        return True
 
     def window(self, layout: Layout) -> int | None:
         """How far back, with the token itself, where that is the whole pattern: kernels know this one by themselves."""
@@ -56,13 +81,17 @@ class MaskedAttention(ABC):
         """Layers of one group share one mask."""
         return None
 
-    def adapt_config(self, config: PreTrainedConfig) -> str | None:
-        """Write into the config what plain transformers can reproduce; returns what was replaced, for the log."""
-        return None
-
     def heads_differ(self, layout: Layout) -> bool:
         """Whether `visible` depends on the head."""
         return False
+
+    def attend(
+        self, module: nn.Module, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, layout: Layout, run: Run
+    ) -> Tensor:
+        return run(self, q_BHLD, k_BKSD, v_BKSD)
+
+    def parts(self, layout: Layout) -> Sequence[tuple["MaskedAttention", int]]:
+        return [(self, layout.num_attention_heads)]
 
 
 def require_positive(method: object, **values: int | float | None) -> None:

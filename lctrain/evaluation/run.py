@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lctrain.attention.base import MaskedAttention
+from lctrain.attention.base import Attention
 from lctrain.config import public
 from lctrain.errors import InputError
 from lctrain.evaluation.base import Result, Task, Tokens
@@ -54,7 +54,7 @@ def main(cfg: DictConfig) -> None:
 def check(cfg: DictConfig, config: PreTrainedConfig, documents: Sequence[Tokens]) -> None:
     """Raise InputError if the evaluation that `cfg` asks for can't be done on these documents: cheap."""
     tasks: dict[str, Task] = instantiate(cfg.evaluation, _convert_="all")
-    method: MaskedAttention = instantiate(cfg.evaluation_attention, _convert_="all")
+    method: Attention = instantiate(cfg.evaluation_attention, _convert_="all")
     for name, task in tasks.items():
         task.check(documents)
         method.check(config.get_text_config(), list(task.context_lengths))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
-from lctrain.attention.base import Layout, MaskedAttention
+from lctrain.attention.base import Attention, Layout, MaskedAttention
 from lctrain.errors import InputError
 from lctrain.kernels.base import Demand, Kernel
 from lctrain.kernels.choose import choose
@@ -71,7 +71,7 @@ class _Installed:
     With `ulysses`, a forward's tokens are this rank's part of the row, and masks are those of the whole row.
     """
 
-    method: MaskedAttention
+    method: Attention
     kernel: Kernel
     ulysses: Ulysses | None
 
@@ -121,25 +121,23 @@ class _Installed:
         scaling = q_BHLD.shape[-1] ** -0.5 if scaling is None else scaling
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            prepared = self._prepared(mask, module, q, k, position_ids)
-            run = partial(self.kernel.attend, prepared=prepared, scaling=scaling, softcap=softcap)
-            return attend_once(run, q, k, v)
+            layout = self._layout(mask, module, q)
+
+            def run(pattern: MaskedAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                prepared = self._prepared(pattern, mask, module, layout, q, k, position_ids)
+                attend = partial(self.kernel.attend, prepared=prepared, scaling=scaling, softcap=softcap)
+                return attend_once(attend, q, k, v)
+
+            return self.method.attend(module, q, k, v, layout, run)
 
         if self.ulysses is None:
             return attention(q_BHLD, k_BKSD, v_BKSD).transpose(1, 2), None
         return self.ulysses.attend(attention, q_BHLD, k_BKSD, v_BKSD).transpose(1, 2), None
 
-    def _prepared(self, mask: _Mask, module: nn.Module, q: Tensor, k: Tensor, position_ids: Tensor | None) -> Any:
-        """What the kernel made of the mask of this layer's group."""
-        group = self.method.layer_group(module.layer_idx)  # type: ignore[arg-type]
-        if ("mask", group) not in mask.prepared:
-            mask.prepared["mask", group] = self.kernel.prepare(self._mask(mask, module, q, k, position_ids))
-        return mask.prepared["mask", group]
-
-    def _mask(self, mask: _Mask, module: nn.Module, q: Tensor, k: Tensor, position_ids: Tensor | None) -> Mask:
-        """The method, the architecture, documents and padding as one mask over this rank's heads."""
+    def _layout(self, mask: _Mask, module: nn.Module, q: Tensor) -> Layout:
+        """The whole layer's, of which `q` holds this rank's heads."""
         num_ranks, rank = (1, 0) if self.ulysses is None else (self.ulysses.size, self.ulysses.rank)
-        layout = Layout(
+        return Layout(
             length=mask.kv_length,
             num_attention_heads=q.shape[1] * num_ranks,
             num_key_value_heads=q.shape[1] * num_ranks // int(module.num_key_value_groups),  # type: ignore[arg-type]
@@ -147,27 +145,44 @@ class _Installed:
             first_head=q.shape[1] * rank,
             decoding=mask.q_length != mask.kv_length,
         )
-        plain = mask.mask_function is causal_mask_function and mask.padding_BS is None and not layout.decoding
-        window = self.method.window(layout) if plain else None
-        if position_ids is None and (window is None or window < mask.kv_length):
-            raise InputError(f"{type(module).__name__} hands no position_ids to its attention; lctrain can't mask it")
-        positions, documents = self._tables(mask, position_ids)
-        return Mask(
-            q_length=mask.q_length,
-            kv_length=mask.kv_length,
-            num_heads=q.shape[1] if self.method.heads_differ(layout) else 1,
-            num_key_value_groups=q.shape[1] // k.shape[1],
-            head_dim=q.shape[-1],
-            device=q.device,
-            dtype=q.dtype,
-            allowed=mask.mask_function,
-            visible=self.method.visible(layout),
-            q_offset=mask.q_offset,
-            kv_offset=mask.kv_offset,
-            positions=positions,
-            documents=documents,
-            window=window,
-        )
+
+    def _prepared(
+        self,
+        pattern: MaskedAttention,
+        mask: _Mask,
+        module: nn.Module,
+        layout: Layout,
+        q: Tensor,
+        k: Tensor,
+        position_ids: Tensor | None,
+    ) -> Any:
+        """What the kernel made of a pattern's mask, for all layers of its group."""
+        key = (repr(pattern), pattern.layer_group(layout.layer_idx))
+        if key not in mask.prepared:
+            plain = mask.mask_function is causal_mask_function and mask.padding_BS is None and not layout.decoding
+            window = pattern.window(layout) if plain else None
+            if position_ids is None and (window is None or window < mask.kv_length):
+                raise InputError(f"{type(module).__name__} hands no position_ids to its attention; it can't be masked")
+            positions, documents = self._tables(mask, position_ids)
+            mask.prepared[key] = self.kernel.prepare(
+                Mask(
+                    q_length=mask.q_length,
+                    kv_length=mask.kv_length,
+                    num_heads=q.shape[1] if pattern.heads_differ(layout) else 1,
+                    num_key_value_groups=q.shape[1] // k.shape[1],
+                    head_dim=q.shape[-1],
+                    device=q.device,
+                    dtype=q.dtype,
+                    allowed=mask.mask_function,
+                    visible=pattern.visible(layout),
+                    q_offset=mask.q_offset,
+                    kv_offset=mask.kv_offset,
+                    positions=positions,
+                    documents=documents,
+                    window=window,
+                )
+            )
+        return mask.prepared[key]
 
     def _tables(self, mask: _Mask, position_ids: Tensor | None) -> tuple[Sides | None, Sides | None]:
         """Positions and documents of the whole row, found once per forward."""
@@ -191,9 +206,7 @@ def demand(config: PreTrainedConfig, dtype: torch.dtype, device_type: str) -> De
     )
 
 
-def install(
-    model: PreTrainedModel, method: MaskedAttention, kernel: str = "auto", ulysses: Ulysses | None = None
-) -> str:
+def install(model: PreTrainedModel, method: Attention, kernel: str = "auto", ulysses: Ulysses | None = None) -> str:
     """Make `model` attend by `method` on `kernel` from its next forward on.
 
     Registers a name of its own in transformers' interfaces, so models with different methods live side by side.

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.integrations import HfDeepSpeedConfig  # type: ignore[attr-defined]
 
-from lctrain.attention.base import MaskedAttention
+from lctrain.attention.base import Attention
 from lctrain.errors import InputError
 from lctrain.kernels import fp8
 from lctrain.kernels.choose import choose
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 class ModelRecipe(ABC):
     """What to build; nothing is loaded before `build`."""
 
-    attention: MaskedAttention
+    attention: Attention
     rope: RopeScheme
     tuning: Tuning
     sequence_length: int

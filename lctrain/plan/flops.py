@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from lctrain.attention.base import Layout, MaskedAttention
+from lctrain.attention.base import Attention, Layout, MaskedAttention
 
 SAMPLED_QUERIES = 64  # rows of the mask that stand for all when pairs are counted
 
@@ -36,16 +36,21 @@ def _measured_flops(device: torch.device) -> float:
     return 2 * size**3 / best
 
 
-def visible_keys(method: MaskedAttention, config: PreTrainedConfig, length: int, layer_idx: int) -> float:
-    """Keys that a query of a full row sees on average, over heads; the model's own window counted."""
-    layout = Layout(
+def layer_layout(config: PreTrainedConfig, length: int, layer_idx: int) -> Layout:
+    """A layer of rows of `length`."""
+    return Layout(
         length=length,
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
         layer_idx=layer_idx,
     )
-    visible = method.visible(layout)
-    heads = torch.arange(config.num_attention_heads if method.heads_differ(layout) else 1)[:, None, None]
+
+
+def visible_keys(pattern: MaskedAttention, config: PreTrainedConfig, length: int, layer_idx: int) -> float:
+    """Keys that a query of a full row sees on average, over heads; the model's own window counted."""
+    layout = layer_layout(config, length, layer_idx)
+    visible = pattern.visible(layout)
+    heads = torch.arange(config.num_attention_heads if pattern.heads_differ(layout) else 1)[:, None, None]
     kv = torch.arange(length)
     window = own_window(config, layer_idx) or length
     batch = torch.tensor(0)
@@ -66,7 +71,7 @@ def own_window(config: PreTrainedConfig, layer_idx: int) -> int | None:
     return window if window and (types is None or types[layer_idx] == "sliding_attention") else None
 
 
-def training_flops(model: nn.Module, method: MaskedAttention, length: int) -> float:
+def training_flops(model: nn.Module, method: Attention, length: int) -> float:
     """FLOPs a token needs, forward and backward, at rows of `length`; recomputation is not counted.
 
     A linear layer with P weights: 2P forward, 2P for the gradient of its input, 2P for that of its weights if they
@@ -81,14 +86,15 @@ def training_flops(model: nn.Module, method: MaskedAttention, length: int) -> fl
     return 4 * linear + 2 * trained + 3 * attention_flops(config, method, length)
 
 
-def attention_flops(config: Any, method: MaskedAttention, length: int) -> float:
+def attention_flops(config: Any, method: Attention, length: int) -> float:
     """Forward FLOPs per token of all layers' scores and weighted sums."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    groups: dict[Any, float] = {}
-    keys = 0.0
+    seen: dict[Any, float] = {}
+    pairs = 0.0  # of a query and its keys, over heads and layers
     for layer in range(config.num_hidden_layers):
-        group = method.layer_group(layer), own_window(config, layer)
-        if group not in groups:
-            groups[group] = visible_keys(method, config, length, layer)
-        keys += groups[group]
-    return float(4 * config.num_attention_heads * head_dim * keys)
+        for pattern, num_heads in method.parts(layer_layout(config, length, layer)):
+            kind = repr(pattern), pattern.layer_group(layer), own_window(config, layer)
+            if kind not in seen:
+                seen[kind] = visible_keys(pattern, config, length, layer)
+            pairs += num_heads * seen[kind]
+    return float(4 * head_dim * pairs)

@@ -19,12 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, PreTrainedModel
 
-from lctrain.attention.base import Layout, MaskedAttention
+from lctrain.attention.base import Attention
 from lctrain.errors import InputError
 from lctrain.kernels.block_mask import BLOCK, MAX_LIST_BYTES
 from lctrain.kernels.linear_cross_entropy import MAX_LOGITS, linear_cross_entropy
 from lctrain.memory.host import Host
 from lctrain.model.head import softcap, unwrap
+from lctrain.plan.flops import layer_layout
 from lctrain.plan.stand_ins import CountingHost, attend
 
 
@@ -73,7 +74,7 @@ class Step:
 
 def step_memory(
     model: nn.Module,
-    method: MaskedAttention,
+    method: Attention,
     step: Step,
     make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
     hasten: Callable[[PreTrainedModel, Host], None] = lambda model, host: None,
@@ -197,22 +198,20 @@ class _Storages(TorchDispatchMode):
         return self.live
 
 
-def _masks(config: Any, method: MaskedAttention, step: Step, itemsize: int) -> int:
+def _masks(config: Any, method: Attention, step: Step, itemsize: int) -> int:
     """Bytes of the masks of one forward: one per group of layers, with a head dimension where heads differ."""
-    layout = Layout(
-        length=step.length,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        layer_idx=0,
-    )
-    groups = len({method.layer_group(layer) for layer in range(config.num_hidden_layers)})
-    heads = config.num_attention_heads // step.sequence_parallel_size if method.heads_differ(layout) else 1
-    grids = groups * step.rows * heads
+    grids: dict[Any, int] = {}
+    for layer in range(config.num_hidden_layers):
+        layout = layer_layout(config, step.length, layer)
+        for pattern, num_heads in method.parts(layout):
+            heads = num_heads // step.sequence_parallel_size if pattern.heads_differ(layout) else 1
+            grids[repr(pattern), pattern.layer_group(layer)] = step.rows * heads
     if step.kernel != "sdpa":
         # Indices of partial and of full blocks, by query and by key: 4 int32 tables of (L / 128)² entries.
-        return min(grids * 4 * 4 * ceil(step.length / BLOCK) ** 2, groups * 2 * MAX_LIST_BYTES)
+        tables = 4 * 4 * ceil(step.length / BLOCK) ** 2
+        return sum(min(num_grids * tables, 2 * MAX_LIST_BYTES) for num_grids in grids.values())
     # A bias for every visible rectangle: at most the causal half, L² / 2 entries, where documents are packed.
-    return grids * itemsize * step.length**2 // 2
+    return sum(grids.values()) * itemsize * step.length**2 // 2
 
 
 def _optimizer_states(make: Callable[[Iterable[nn.Parameter]], Optimizer], trained: list[nn.Parameter]) -> int:

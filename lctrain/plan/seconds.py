@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lctrain.attention.base import MaskedAttention
+from lctrain.attention.base import Attention
 from lctrain.errors import InputError
 from lctrain.kernels.fp8 import FP8Linear
 from lctrain.memory.savings import Savings
@@ -37,7 +37,7 @@ class Work:
         return products / peak + self.moved / BANDWIDTH
 
 
-def work(model: nn.Module, method: MaskedAttention, length: int, savings: Savings, fp8: bool) -> Work:
+def work(model: nn.Module, method: Attention, length: int, savings: Savings, fp8: bool) -> Work:
     """What a token of a row of `length` costs a tuned model with these savings."""
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
     counts = savings.resolve(config.num_hidden_layers)
