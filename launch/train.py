@@ -19,9 +19,11 @@ from omegaconf import DictConfig
 
 
 def run(cfg: DictConfig) -> None:
+    from lctrain.parallel.farewell import farewell
     from lctrain.training.run import train
 
-    trained = train(cfg)
+    with farewell():
+        trained = train(cfg)
     if cfg.evaluation and trained.is_global_zero:
         from lctrain.evaluation.run import report_training
         from lctrain.export import export

@@ -7,6 +7,8 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then # an array is a run for each number, 
   set -- "seed=$SLURM_ARRAY_TASK_ID" "$@"
 fi
 
+ulimit -c 0 # the core of a rank is as large as its memory, and would fill the run folder's disk
+
 # USR1 comes before the time limit (--signal), TERM when the job is preempted, requeued or cancelled. The ranks then
 # finish their step, write one checkpoint together and end with 75.
 trap 'kill -USR1 "$step"' USR1 TERM

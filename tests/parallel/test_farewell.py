@@ -1,0 +1,50 @@
+"""Ranks leave what went well without a thread behind them, and what failed at once."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lctrain.errors import RunError, Stopped
+from lctrain.parallel.farewell import farewell
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.all_reduce(torch.ones(1))
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def gloo_threads() -> list[str]:
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    return [name for name in names if "gloo_runloop" in name]
+
+
+@pytest.mark.parametrize("end", [None, Stopped("asked to")])
+def test_nothing_of_the_group_outlives_what_went_well(group, end):
+    before = len(gloo_threads())
+    assert before
+    with contextlib.suppress(Stopped), farewell():
+        if end:
+            raise end
+    assert not dist.is_initialized()
+    assert len(gloo_threads()) < before
+
+
+def test_who_failed_waits_for_nobody(group):
+    with pytest.raises(RunError), farewell():
+        raise RunError("disk full")
+    assert dist.is_initialized()
+    assert gloo_threads()
+
+
+def test_one_process_has_nothing_to_end():
+    with farewell():
+        pass
+    assert not dist.is_initialized()
