@@ -23,7 +23,9 @@ _ROOT = _PACKAGE / "share" if (_PACKAGE / "share").is_dir() else _PACKAGE.parent
 _SECRET_FIELD = re.compile(r"(?i)(api|access|private)_?key|passw|secret|credential|^token$|(auth|access|api|hf)_token$")
 _SECRET_VARIABLE = re.compile(r"(?i)KEY|TOKEN|SECRET|PASSWORD")
 
-_PATH = re.compile(r"run_dir|output|checkpoint|resume|model\.(tokenizer_)?path|data\.(.+\.)?(path|name)")
+_PATH = re.compile(
+    r"run_dir|output|checkpoint|resume|model\.(tokenizer_)?path|(.+_)?attention\.path|data\.(.+\.)?(path|name)"
+)
 
 
 def root() -> Path:

@@ -4,7 +4,7 @@ Shape legend: B batch, H query heads, K key-value heads, L queries, S keys, D he
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,6 +32,8 @@ class Layout:
 Run = Callable[["MaskedAttention", Tensor, Tensor, Tensor], Tensor]
 """(pattern, q_BHLD, k_BKSD, v_BKSD) -> [B, H, L, D]: attention under one pattern, on whatever kernel was chosen."""
 
+Bounds = tuple[float, float]
+
 
 class Attention(ABC):
     """What a model computes in place of full attention: one pattern, or something made from several."""
@@ -47,6 +49,16 @@ class Attention(ABC):
     @abstractmethod
     def parts(self, layout: Layout) -> Sequence[tuple["MaskedAttention", int]]:
         """The patterns that `attend` runs in this layer, each with its number of query heads: what the layer costs."""
+
+    def equip(self, module: nn.Module, config: PreTrainedConfig) -> None:  # noqa: B027 - most learn nothing
+        """Register on a layer's attention module the parameters that the method brings, in fp32; `learned` names them.
+
+        Comes before tuning, which decides whether they train, and on whatever device is current.
+        """
+
+    def learned(self) -> Mapping[str, Bounds | None]:
+        """What `equip` registers, by name, and within which bounds it is kept after every optimizer step."""
+        return {}
 
     def check(self, config: PreTrainedConfig, lengths: list[int]) -> None:  # noqa: B027 - most fit always
         """Raise InputError if the method does not fit the model, or rows of these lengths (ascending)."""

@@ -4,7 +4,8 @@ Shape legend: B batch, H query heads, K key-value heads, L queries, S keys, D he
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 from lctrain.attention.base import Attention, Layout, MaskedAttention
+from lctrain.attention.full import FullAttention
 from lctrain.errors import InputError
 from lctrain.kernels.base import Demand, Kernel
 from lctrain.kernels.choose import choose
@@ -25,6 +27,7 @@ from lctrain.parallel.ulysses import Ulysses
 Sides = tuple[Tensor, Tensor]  # a table of queries [B or 1, L] and of keys [B or 1, S]
 
 _serial = itertools.count()
+_FULL = "_full"  # behind a method's name: full attention on the same kernel
 _SCORE_TERMS = ("s_aux", "sinks", "position_bias", "indices", "block_indices")  # learned sinks, biases, chosen keys
 
 
@@ -206,21 +209,50 @@ def demand(config: PreTrainedConfig, dtype: torch.dtype, device_type: str) -> De
     )
 
 
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """Those that call transformers' attention interface, a layer each. InputError where they can't be told."""
+    modules = [
+        m for m in model.get_decoder().modules() if hasattr(m, "layer_idx") and hasattr(m, "num_key_value_groups")
+    ]
+    if len(modules) != model.config.get_text_config().num_hidden_layers:
+        raise InputError(
+            f"{type(model).__name__}: {len(modules)} of its modules attend with key-value heads, not a layer each"
+        )
+    return modules
+
+
 def install(model: PreTrainedModel, method: Attention, kernel: str = "auto", ulysses: Ulysses | None = None) -> str:
     """Make `model` attend by `method` on `kernel` from its next forward on.
 
-    Registers a name of its own in transformers' interfaces, so models with different methods live side by side.
+    Registers a name of its own in transformers' interfaces, so models with different methods live side by side, and
+    full attention on the same kernel beside it, for `full_attention`. The method's own parameters are added.
     Under `ulysses` its forwards take this rank's part of each row. Returns the name of the kernel that was chosen.
     Raises InputError if the kernel can't run, or the model's attention does not go through the interface.
     """
     name, chosen = choose(kernel, demand(model.config, model.dtype, model.device.type))
-    installed = _Installed(method, chosen, ulysses)
     implementation = f"lctrain_{next(_serial)}"
-    AttentionInterface.register(implementation, installed.attend)
-    AttentionMaskInterface.register(implementation, installed.make_mask)
+    for suffix, each in (("", method), (_FULL, FullAttention())):
+        installed = _Installed(each, chosen, ulysses)
+        AttentionInterface.register(implementation + suffix, installed.attend)
+        AttentionMaskInterface.register(implementation + suffix, installed.make_mask)
     model.set_attn_implementation(implementation)
     if model.config.get_text_config()._attn_implementation != implementation:
         raise InputError(
             f"{type(model).__name__} does not use transformers' attention interface; {method} can't be installed"
         )
+    if method.learned():
+        with model.device:
+            for module in attention_modules(model):
+                method.equip(module, model.config.get_text_config())
     return name
+
+
+@contextmanager
+def full_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a model that `install` changed attends in full, on the same kernel."""
+    own = model.config.get_text_config()._attn_implementation
+    model.set_attn_implementation(f"{own}{_FULL}")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)

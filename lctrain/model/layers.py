@@ -55,6 +55,8 @@ class RotaryAttention(nn.Module):
         super().__init__()
         for name, child in attention.named_children():
             self.add_module(name, child)
+        for name, parameter in attention.named_parameters(recurse=False):  # what an attention method brought
+            self.register_parameter(name, parameter)
         self.config: Any = attention.config
         self.layer_idx, self.scaling = attention.layer_idx, attention.scaling
         self.num_key_value_groups, self.head_dim = attention.num_key_value_groups, attention.head_dim

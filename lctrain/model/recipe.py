@@ -94,7 +94,6 @@ class ModelRecipe(ABC):
     def _check_layers(self, config: PreTrainedConfig, device_type: str) -> None:
         """What only a whole model shows, on one without memory."""
         skeleton = unwrap(self.skeleton(self.config()))
-        install(skeleton, self.attention, "reference")
         layers.uses_liger(self.layer_kernel, device_type)
         self._savings().check(config, device_type=device_type, dropout=self.drops_out())
         if self.precision not in (None, "fp8"):
@@ -152,7 +151,9 @@ class ModelRecipe(ABC):
     def skeleton(self, config: PreTrainedConfig) -> PreTrainedModel | PeftModel:
         """The model as it would train, without memory: on the meta device."""
         with torch.device("meta"):
-            return self._tune(AutoModelForCausalLM.from_config(config, dtype=self.torch_dtype(config)))
+            model = AutoModelForCausalLM.from_config(config, dtype=self.torch_dtype(config))
+            install(model, self.attention, "reference")
+            return self._tune(model)
 
     def _tune(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
         tuned = self.tuning.apply(model)

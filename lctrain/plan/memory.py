@@ -26,7 +26,7 @@ from lctrain.kernels.linear_cross_entropy import MAX_LOGITS, linear_cross_entrop
 from lctrain.memory.host import Host
 from lctrain.model.head import softcap, unwrap
 from lctrain.plan.flops import layer_layout
-from lctrain.plan.stand_ins import CountingHost, attend
+from lctrain.plan.stand_ins import CountingHost, attend_by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ def step_memory(
         _materialize(model)
         base = unwrap(model)  # type: ignore[arg-type]
         hasten(base, host)
-        AttentionInterface.register("lctrain_plan", attend)
+        AttentionInterface.register("lctrain_plan", attend_by(method, step.length))
         base.set_attn_implementation("lctrain_plan")
         weights, activations, loss, backward = _simulate(base, step)
     return Memory(

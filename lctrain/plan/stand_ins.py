@@ -3,20 +3,33 @@
 Shape legend: B rows, H query heads, K key-value heads, L tokens, D head dim.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lctrain.attention.base import Attention, MaskedAttention
 from lctrain.memory.recall import attend_once
 from lctrain.model.layers import LayerKernels
+from lctrain.plan.flops import layer_layout
 
 
-def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
-    """What `AttentionInterface` calls: a fused kernel keeps its inputs, its output and a log-sum-exp per query."""
-    if torch.is_autocast_enabled("cpu"):
-        q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
-    return attend_once(_FusedAttention.apply, q, k, v).transpose(1, 2), None
+def attend_by(method: Attention, length: int) -> Callable[..., tuple[Tensor, None]]:
+    """What `AttentionInterface` calls in rows of `length`: `method`, with a fused kernel for each of its patterns,
+    which keeps its inputs, its output and a log-sum-exp per query.
+    """
+
+    def run(pattern: MaskedAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_once(_FusedAttention.apply, q, k, v)
+
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
+        if torch.is_autocast_enabled("cpu"):
+            q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
+        layout = layer_layout(module.config, length, module.layer_idx)
+        return method.attend(module, q, k, v, layout, run).transpose(1, 2), None
+
+    return attend
 
 
 class _FusedAttention(torch.autograd.Function):

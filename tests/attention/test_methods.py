@@ -14,35 +14,42 @@ from lctrain.config import conf_dir
 from lctrain.errors import InputError
 from lctrain.kernels.interval import Blocks
 from lctrain.kernels.mask import Mask
-from lctrain.model.install import install
+from lctrain.model.install import attention_modules, install
 
-CASES = runpy.run_path(str(Path(__file__).with_name("conftest.py")))["CASES"]
+BESIDE = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
+CASES, set_learned = BESIDE["CASES"], BESIDE["set_learned"]
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=5e-5)
 METHODS = list(CASES)
 FIXED = [name for name in METHODS if name != "s2 ratio"]  # patterns that do not depend on the row's length
 
 
-def naive_attention(pattern):
-    """One softmax per query, over the keys that `pattern` lists."""
+def naive_attention(parts):
+    """One softmax per query and part, over the keys that the part's pattern lists; a weighted sum of the parts."""
 
     def attend(module, q, k, v, mask, scaling, **_):
         out = torch.zeros_like(q)
-        for h in range(q.shape[1]):
-            kv_head = h // (q.shape[1] // k.shape[1])
-            for i in range(q.shape[2]):
-                seen = [j for j in range(k.shape[2]) if pattern(module.layer_idx, h, i, j, k.shape[2])]
-                scores = torch.einsum("bd,bsd->bs", q[:, h, i], k[:, kv_head, seen]) * scaling
-                out[:, h, i] = torch.einsum("bs,bsd->bd", scores.softmax(-1), v[:, kv_head, seen])
+        for weight, pattern in parts:
+            for h in range(q.shape[1]):
+                kv_head = h // (q.shape[1] // k.shape[1])
+                for i in range(q.shape[2]):
+                    seen = [j for j in range(k.shape[2]) if pattern(module.layer_idx, h, i, j, k.shape[2])]
+                    scores = torch.einsum("bd,bsd->bs", q[:, h, i], k[:, kv_head, seen]) * scaling
+                    attended = torch.einsum("bs,bsd->bd", scores.softmax(-1), v[:, kv_head, seen])
+                    out[:, h, i] = out[:, h, i] + weight(module, h) * attended
         return out.transpose(1, 2), None
 
     return attend
 
 
-def naive(model, name):
-    """The model in fp64 with the loop above."""
-    AttentionInterface.register("naive", naive_attention(CASES[name][2]))
+def naive(model, name, method):
+    """The model in fp64 with the loop above, and what the method learned."""
+    case = CASES[name][2]
+    AttentionInterface.register("naive", naive_attention(case if isinstance(case, list) else [(lambda *_: 1, case)]))
     AttentionMaskInterface.register("naive", lambda **_: None)
     model.set_attn_implementation("naive")
+    for module in attention_modules(model):
+        method.equip(module, model.config)
+    set_learned(model, method)
     return model.double()
 
 
@@ -53,8 +60,8 @@ def test_the_methods_here_are_those_of_conf(method_of):
 
 @pytest.mark.parametrize("kernel", ["sdpa", "reference"])
 @pytest.mark.parametrize("name", METHODS)
-def test_logits_and_gradients_equal_a_naive_loop_in_fp64(attending, tiny, ids, name, kernel):
-    model, expected = attending(name, kernel), naive(tiny("llama"), name)
+def test_logits_and_gradients_equal_a_naive_loop_in_fp64(attending, tiny, ids, method_of, name, kernel):
+    model, expected = attending(name, kernel), naive(tiny("llama"), name, method_of(name))
     tokens = ids(2, 24)
     upstream = torch.randn(2, 24, 64, generator=torch.Generator().manual_seed(1))
     for m in (model, expected):
@@ -82,15 +89,25 @@ def layout_of(layer=0, length=40):
     return Layout(length=length, num_attention_heads=4, num_key_value_heads=2, layer_idx=layer)
 
 
+def patterns(method):
+    """Those of all layers of which the method is made."""
+    return [(pattern, layer) for layer in (0, 1) for pattern, _ in method.parts(layout_of(layer))]
+
+
 @pytest.mark.parametrize("documents", [[40], [17, 1, 22]], ids=["alone", "packed"])
 @pytest.mark.parametrize("name", METHODS)
 def test_bounds_over_blocks_hold_for_every_pair(method_of, name, documents):
     """Kernels skip blocks that are not possibly visible, and don't ask for pairs of those that surely are."""
+    for pattern, layer in patterns(method_of(name)):
+        check_bounds(pattern, layout_of(layer), documents)
+
+
+def check_bounds(pattern, layout, documents):
     position = torch.cat([torch.arange(n) for n in documents])[None].int()
     number = torch.arange(len(documents)).repeat_interleave(torch.tensor(documents))[None].int()
     mask = Mask(
         q_length=40, kv_length=40, num_heads=4, num_key_value_groups=2, head_dim=8, device=position.device,
-        dtype=torch.float32, allowed=causal_mask_function, visible=method_of(name).visible(layout_of()),
+        dtype=torch.float32, allowed=causal_mask_function, visible=pattern.visible(layout),
         positions=(position, position), documents=(number, number),
     )  # fmt: skip
     pairs = mask.evaluate(slice(0, 40), slice(0, 40)).unflatten(-1, (-1, 4)).unflatten(-3, (-1, 8)).transpose(-2, -3)
@@ -107,10 +124,10 @@ def test_bounds_over_blocks_hold_for_every_pair(method_of, name, documents):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_window_that_kernels_are_told_is_the_pattern(method_of, name):
-    method, i = method_of(name), torch.arange(40)
-    for layer in (0, 1):
-        if (window := method.window(layout_of(layer))) is not None:
-            visible = method.visible(layout_of(layer))(torch.tensor(0), torch.arange(4)[:, None, None], i[:, None], i)
+    i = torch.arange(40)
+    for pattern, layer in patterns(method_of(name)):
+        if (window := pattern.window(layout_of(layer))) is not None:
+            visible = pattern.visible(layout_of(layer))(torch.tensor(0), torch.arange(4)[:, None, None], i[:, None], i)
             causal = i <= i[:, None]
             assert torch.equal(
                 (visible & causal).expand(4, 40, 40), (causal & (i[:, None] - i < window)).expand(4, 40, 40)

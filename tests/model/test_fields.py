@@ -18,7 +18,11 @@ ATTENTION = {
 }
 # Sizes at which a pattern shows in 96 tokens, where the yaml's are for thousands.
 SMALL = {f"attention/{name}": [*test["CASES"].values()][-1][1] for name, test in ATTENTION.items()}
-ELSEWHERE = {"rope/none.extrapolate"}  # changes what is refused, not what is computed: tests/training/test_run.py
+ELSEWHERE = {
+    "rope/none.extrapolate",  # changes what is refused, not what is computed: tests/training/test_run.py
+    "attention/duo.clamp",  # acts behind a step: tests/training/test_gates.py
+    "tuning/gates.trainable",  # there is nothing else to train
+}
 # Of each field, another value, and what else has to change for it to be accepted.
 OTHER = {
     **{f"attention/{name}": test.get("FIELDS", {}) for name, test in ATTENTION.items()},

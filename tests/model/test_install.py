@@ -6,7 +6,7 @@ from lctrain.attention.full import FullAttention
 from lctrain.attention.sliding_window import SlidingWindowAttention
 from lctrain.errors import InputError
 from lctrain.kernels.sdpa import SDPAKernel
-from lctrain.model.install import install
+from lctrain.model.install import attention_modules, full_attention, install
 
 WINDOW = SlidingWindowAttention(sliding_window=4)
 
@@ -68,6 +68,29 @@ def test_models_with_different_methods_live_side_by_side(tiny, ids):
     assert (logits[2] - logits[0]).abs().max() > 1e-2
     install(window, FullAttention())
     assert torch.equal(window(input_ids=tokens).logits, logits[1])
+
+
+def test_full_attention_for_a_while(tiny, ids):
+    """The teacher of a model that attends otherwise: the same weights, the same kernel, and back again."""
+    tokens, model, full = ids(1, 20), tiny("llama"), tiny("llama")
+    install(model, WINDOW)
+    install(full, FullAttention())
+    before = model(input_ids=tokens).logits
+    with full_attention(model):
+        assert torch.equal(model(input_ids=tokens).logits, full(input_ids=tokens).logits)
+    assert torch.equal(model(input_ids=tokens).logits, before)
+    with pytest.raises(RuntimeError, match="on purpose"), full_attention(model):
+        raise RuntimeError("on purpose")
+    assert torch.equal(model(input_ids=tokens).logits, before)
+
+
+def test_attention_modules_are_found_in_every_family(tiny):
+    for family in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"):
+        assert [module.layer_idx for module in attention_modules(tiny(family))] == [0, 1]
+    model = tiny("llama")
+    del model.model.layers[0].self_attn.num_key_value_groups
+    with pytest.raises(InputError, match="1 of its modules attend with key-value heads"):
+        attention_modules(model)
 
 
 def test_the_implementations_name_stays_out_of_the_saved_config(tiny, tmp_path):

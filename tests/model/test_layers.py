@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
+from lctrain.attention.duo import DuoAttention
 from lctrain.errors import InputError
 from lctrain.kernels.fp8 import FP8Linear
 from lctrain.model import layers
+from lctrain.model.install import attention_modules, full_attention, install
 from lctrain.model.tuning import FullTuning, LoRATuning
 
 
@@ -51,6 +53,22 @@ def test_fused_layers_compute_what_they_stand_for(tiny, ids, family):
     assert {type(module).__name__ for module in fused.modules()} >= EXCHANGED[family]
     assert dict(fused.named_parameters()).keys() == dict(plain.named_parameters()).keys()
     torch.testing.assert_close(fused(ids(2, 20)).logits, plain(ids(2, 20)).logits)
+
+
+def test_fused_layers_keep_what_an_attention_method_brought(tiny, ids):
+    plain = tiny("llama")
+    install(plain, DuoAttention(num_sink_tokens=2, recent_size=4, initial_gate=0.75, clamp=True), "sdpa")
+    fused = deepcopy(plain)
+    layers.fuse(fused, PLAIN)
+    assert dict(fused.named_parameters()).keys() == dict(plain.named_parameters()).keys()
+    gradients = []
+    for model in (fused, plain):
+        model(ids(2, 20)).logits.square().sum().backward()
+        gradients.append([p.grad for name, p in model.named_parameters() if name.endswith("head_gates")])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-2)
+    assert len(attention_modules(fused)) == 2
+    with full_attention(fused), full_attention(plain):
+        torch.testing.assert_close(fused(ids(2, 20)).logits, plain(ids(2, 20)).logits)
 
 
 def test_layer_kernels_that_cannot_run_are_refused():

@@ -4,6 +4,7 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 from peft import PeftModel
 
+from lctrain.attention.duo import DuoAttention
 from lctrain.config import conf_dir
 from lctrain.errors import InputError
 from lctrain.model.head import hidden_states, token_losses
@@ -27,12 +28,25 @@ NUM_PARAMETERS = 2 * 64 * 32 + 5 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 
 
 def test_the_tunings_here_are_those_of_conf():
     assert {path.stem for path in (conf_dir() / "tuning").glob("*.yaml")} == {
-        "frozen", "full", "lora", "longlora", "modules",
+        "frozen", "full", "gates", "lora", "longlora", "modules",
     }  # fmt: skip
 
 
 def test_full(tiny):
     assert sum(trainable(tuning_of("full").apply(tiny("llama").requires_grad_(False))).values()) == NUM_PARAMETERS
+
+
+def test_gates_train_alone(recipe):
+    duo = DuoAttention(num_sink_tokens=2, recent_size=4, initial_gate=1.0, clamp=True)
+    gates = recipe("llama", attention=duo, tuning=tuning_of("gates")).build()
+    assert trainable(gates) == {f"model.layers.{layer}.self_attn.head_gates": 2 for layer in (0, 1)}
+    lora = recipe("llama", attention=duo, tuning=tuning_of("lora", trainable=["head_gates"])).build()
+    assert len(trainable(lora)) == ADAPTERS + 2
+
+
+def test_an_attention_without_gates_has_none_to_train(recipe):
+    with pytest.raises(InputError, match="no parameter name holds 'head_gates'"):
+        recipe("llama", tuning=tuning_of("gates")).check([64])
 
 
 def test_lora_trains_its_adapters_alone(tiny):

@@ -18,7 +18,11 @@ CHOICES = [
     for choice in choices
     if group not in ELSEWHERE
 ]
-REQUIRED = {("model", "scratch"): "model.architecture={model_type: llama}"}  # what has no default
+REQUIRED = {  # what has no default
+    ("model", "scratch"): "model.architecture={model_type: llama}",
+    ("attention", "head_pattern"): "attention.path=somewhere",
+    ("attention@evaluation_attention", "head_pattern"): "attention.path=somewhere",
+}
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)

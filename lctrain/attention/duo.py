@@ -1,0 +1,76 @@
+"""DuoAttention: full and streaming attention, mixed by a gate per key-value head, to learn which heads retrieve."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from lctrain.attention.base import Attention, Bounds, Layout, MaskedAttention, Run
+from lctrain.attention.full import FullAttention
+from lctrain.attention.streaming import StreamingAttention
+from lctrain.errors import InputError
+
+GATES = "head_gates"  # the parameter of an attention module, [key-value heads]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuoAttention(Attention):
+    """α · full + (1 − α) · streaming, with a gate α per layer and key-value head (Xiao et al., arXiv:2410.10819, §2.3).
+
+    Both come from one q, k and v, each at its own cost. A streaming head sees the document's first `num_sink_tokens`
+    and the last `recent_size` tokens, itself included. With every α at 1 this is full attention to the bit.
+    `initial_gate` is what gates start from, `clamp` keeps them within 0 and 1 after each optimizer step.
+
+    Deviations: the authors' streaming kernel counts blocks of 128 tokens, this one tokens; they clamp before a step
+    instead of behind it, so that what they write can lie outside.
+    """
+
+    num_sink_tokens: int
+    recent_size: int
+    initial_gate: float
+    clamp: bool
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.initial_gate <= 1:
+            raise InputError(f"attention.initial_gate={self.initial_gate} must be within 0 and 1")
+        _ = self.streaming  # refuses its sizes
+
+    @cached_property
+    def full(self) -> MaskedAttention:
+        """The branch of retrieval."""
+        return FullAttention()
+
+    @cached_property
+    def streaming(self) -> MaskedAttention:
+        """The branch of sinks and recent tokens."""
+        return StreamingAttention(num_sink_tokens=self.num_sink_tokens, recent_size=self.recent_size)
+
+    def attend(
+        self, module: nn.Module, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, layout: Layout, run: Run
+    ) -> Tensor:
+        full, streaming = (run(pattern, q_BHLD, k_BKSD, v_BKSD) for pattern in (self.full, self.streaming))
+        gates_K = module.get_parameter(GATES)
+        gates_H = gates_K.repeat_interleave(layout.num_attention_heads // gates_K.numel())
+        gate = gates_H[layout.first_head : layout.first_head + q_BHLD.shape[1], None, None]
+        # In the gate's fp32: its gradient is the difference of two sums over all tokens, which bf16 would drown.
+        return (gate * full + (1 - gate) * streaming).to(full.dtype)
+
+    def parts(self, layout: Layout) -> Sequence[tuple[MaskedAttention, int]]:
+        return [(self.full, layout.num_attention_heads), (self.streaming, layout.num_attention_heads)]
+
+    def equip(self, module: nn.Module, config: PreTrainedConfig) -> None:
+        gates_K = torch.full((config.num_key_value_heads,), self.initial_gate, dtype=torch.float32)
+        module.register_parameter(GATES, nn.Parameter(gates_K))
+
+    def learned(self) -> Mapping[str, Bounds | None]:
+        return {GATES: (0.0, 1.0) if self.clamp else None}
+
+    def check(self, config: PreTrainedConfig, lengths: list[int]) -> None:
+        if self.num_sink_tokens + self.recent_size >= lengths[-1]:
+            raise InputError(
+                f"attention.num_sink_tokens + attention.recent_size = {self.num_sink_tokens + self.recent_size} is all "
+                f"of the longest sequence ({lengths[-1]}): streaming heads would see what full attention sees"
+            )
