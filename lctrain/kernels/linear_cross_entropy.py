@@ -29,7 +29,7 @@ class _TiledLinearCrossEntropy(torch.autograd.Function):
         for start in range(0, labels_N.numel(), tile):
             rows = slice(start, start + tile)
             hidden, labels = hidden_ND[rows], labels_N[rows]
-            logits, slope = _cap(F.linear(hidden, weight_VD, bias_V).to(dtype), softcap)
+            logits, slope = cap(F.linear(hidden, weight_VD, bias_V).to(dtype), softcap)
             log_normalizer = logits.logsumexp(-1, keepdim=True)
             losses_N[rows] = (log_normalizer - logits.gather(-1, labels[:, None])).squeeze(-1)
             if not any(wanted):
@@ -55,7 +55,7 @@ class _TiledLinearCrossEntropy(torch.autograd.Function):
         return *(None if g is None else (g * d_sum).to(dtype) for g, dtype in gradients), None, None
 
 
-def _cap(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+def cap(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
     """softcap · tanh(logits / softcap), and its slope."""
     if softcap is None:
         return logits, None

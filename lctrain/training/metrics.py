@@ -26,7 +26,7 @@ REPORT_EVERY_SECONDS = 10.0  # without a terminal
 
 
 class Metrics(Callback):
-    """Loss, perplexity, learning rate, gradient norm, speed, utilisation and memory of each optimizer step.
+    """Loss (and its terms), perplexity, learning rate, gradient norm, speed and memory of each optimizer step.
 
     Stops the run on a loss or gradient that is not finite before the optimizer sees it: the last checkpoint is good.
     """
@@ -37,6 +37,7 @@ class Metrics(Callback):
         self._tokens_seen = 0
         self._rates: list[float] = []
         self._loss = torch.zeros(())
+        self._terms: dict[str, float] = {}
         self._grad_norm: float | None = None
         self._lr = 0.0
         self._step_tokens = 0
@@ -64,6 +65,8 @@ class Metrics(Callback):
         if (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # DeepSpeed's engine is stepped behind every micro-batch
         self._loss = trainer.strategy.reduce(self._loss, reduce_op="mean")
+        terms = cast(Any, pl_module).losses
+        self._terms = {f"loss/{name}": float(trainer.strategy.reduce(term, "mean")) for name, term in terms.items()}
         self._require_finite(trainer, "the loss", float(self._loss), trainer.global_step + 1)
         self._grad_norm = cast(ShardedCheckpoints, trainer.strategy).gradient_norm()
         if self._grad_norm is not None:
@@ -103,7 +106,9 @@ class Metrics(Callback):
         loss = float(self._loss)
         self.last = {
             "loss": loss,
-            "perplexity": math.exp(min(loss, 80.0)),
+            **({"perplexity": math.exp(min(loss, 80.0))} if module.objective.is_perplexity else {}),
+            **(self._terms if len(self._terms) > 1 else {}),
+            **module.measures,
             "sequence_length": length,
             "lr": self._lr,
             "grad_norm": cast(float, self._grad_norm),
@@ -168,8 +173,10 @@ class ProgressBar(Callback):
         if self._bar is None or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         last = next(callback for callback in trainer.callbacks if isinstance(callback, Metrics)).last  # type: ignore[attr-defined]
+        shown = {"perplexity": "perplexity", "gates/mean": "mean gate"}
+        values = "  ".join(f"{label} {last[name]:.2f}" for name, label in shown.items() if name in last)
         line = (
-            f"loss {last['loss']:.3f}  perplexity {last['perplexity']:.2f}  {last['tokens_per_second']:,.0f} tokens/s  "
+            f"loss {last['loss']:.3f}  {values}  {last['tokens_per_second']:,.0f} tokens/s  "
             f"length {last['sequence_length']:,}"
         )
         self._bar.update(self._task, completed=trainer.global_step, description=line)

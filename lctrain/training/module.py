@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
+from lctrain.checkpoint import VALUE
 from lctrain.errors import InputError
 from lctrain.model.head import IGNORED, check_head, hidden_states, token_losses
 from lctrain.model.recipe import ModelRecipe
@@ -44,13 +45,15 @@ class LongContextModule(LightningModule):
         self.recipe, self.objective = recipe, objective
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self._num_valid_tokens = 0  # of this optimizer step, over all ranks
+        self.losses: dict[str, Tensor] = {}  # terms of this optimizer step's mean; their mean over ranks is the step's
+        self.measures: dict[str, float] = {}  # what else is to be recorded of this step
         self._validation: list[Tensor] = []
         self._row_length = 0
         self.validated_step = -1
 
     def check(self, device: torch.device) -> None:
         """Refuse, before anything is written, settings that the objective, optimizer or scheduler can't take."""
-        self.objective.check(device)
+        self.objective.check(device, self.recipe)
         try:
             self.make_scheduler(self.make_optimizer([Parameter(torch.zeros(1))]))
         except ValueError as error:
@@ -83,10 +86,21 @@ class LongContextModule(LightningModule):
         if batch_idx % accumulate == 0:
             local = torch.tensor(batch["num_valid_tokens"], device=self.device, dtype=torch.float64)
             total = cast(Tensor, self.all_gather(local)).sum() if world > 1 else local
-            self._num_valid_tokens = max(int(total), 1)
+            self._num_valid_tokens, self.losses = max(int(total), 1), {}
         with self._autocast():
-            loss = self.objective(self.model, batch)
-        return loss * (accumulate * world / self._num_valid_tokens)
+            terms = self.objective(self.model, batch)
+        share = world / self._num_valid_tokens
+        for name, term in terms.items():
+            self.losses[name] = self.losses.get(name, 0) + term.detach() * share
+        return sum(terms.values(), torch.zeros((), device=self.device)) * (accumulate * share)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The step, behind which what an attention method learns is put back within its bounds."""
+        super().optimizer_step(*args, **kwargs)
+        strategy, bounds = cast(ShardedCheckpoints, self.trainer.strategy), self.recipe.attention.learned()
+        for name, parameter in strategy.trained().items():
+            if (within := bounds.get(name.rpartition(".")[2])) is not None:
+                strategy.load_parameter(parameter, {VALUE: strategy.whole(parameter).clamp(*within)})
 
     def on_validation_epoch_start(self) -> None:
         self._validation = []

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft import PeftModel
@@ -14,19 +14,22 @@ from transformers import PreTrainedModel
 
 from lctrain.errors import InputError
 from lctrain.model.head import IGNORED, hidden_states, softcap, token_losses, unwrap
+from lctrain.model.recipe import ModelRecipe
 
 log = logging.getLogger(__name__)
 
 
 class Objective(ABC):
-    """A sum over valid tokens, so that the mean over a whole optimizer step is exact however the step is divided."""
+    """Sums over valid tokens, so that means over a whole optimizer step are exact however the step is divided."""
 
-    def check(self, device: torch.device) -> None:  # noqa: B027 - most run anywhere
-        """Raise InputError if the objective can't run there."""
+    is_perplexity: ClassVar[bool] = False  # whether exp(loss) is one
+
+    def check(self, device: torch.device, recipe: ModelRecipe) -> None:  # noqa: B027 - most run anywhere
+        """Raise InputError if the objective can't run there, or on such a model."""
 
     @abstractmethod
-    def __call__(self, model: PreTrainedModel | PeftModel, batch: Mapping[str, Any]) -> Tensor:
-        """The sum of the losses of a micro-batch's valid tokens, fp32."""
+    def __call__(self, model: PreTrainedModel | PeftModel, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """The terms of the loss by name, each the sum over a micro-batch's valid tokens, fp32; their sum trains."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,9 @@ class CausalLM(Objective):
 
     loss: Literal["auto", "tiled", "liger"]
 
-    def check(self, device: torch.device) -> None:
+    is_perplexity: ClassVar[bool] = True
+
+    def check(self, device: torch.device, recipe: ModelRecipe) -> None:
         if self.loss not in ("auto", "tiled", "liger"):
             raise InputError(f"objective.loss={self.loss} is none of auto, tiled, liger")
         if self.loss == "liger" and (device.type != "cuda" or find_spec("liger_kernel") is None):
@@ -46,11 +51,11 @@ class CausalLM(Objective):
         auto = self.loss == "auto" and device.type == "cuda" and find_spec("liger_kernel") is not None
         return self.loss == "liger" or auto
 
-    def __call__(self, model: PreTrainedModel | PeftModel, batch: Mapping[str, Any]) -> Tensor:
+    def __call__(self, model: PreTrainedModel | PeftModel, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
         hidden_BLD = hidden_states(model, batch["input_ids"], batch["position_ids"])
         if self._uses_liger(hidden_BLD.device):
-            return _liger(model, hidden_BLD, batch["labels"])
-        return token_losses(model, hidden_BLD, batch["labels"])[0]
+            return {"cross_entropy": _liger(model, hidden_BLD, batch["labels"])}
+        return {"cross_entropy": token_losses(model, hidden_BLD, batch["labels"])[0]}
 
 
 def _liger(model: PreTrainedModel | PeftModel, hidden_BLD: Tensor, labels_BL: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from lctrain.folder import RunFolder, read_history
 from lctrain.model.recipe import ModelRecipe
 from lctrain.plan.run import resolve
 from lctrain.rope.none import NoScaling
+from lctrain.training.gates import Gates
 from lctrain.training.metrics import Metrics, write_aside
 from lctrain.training.strategy import ShardedCheckpoints, ZeRO
 from lctrain.training.watchdog import Watchdog
@@ -76,6 +77,9 @@ def train(cfg: DictConfig) -> Trained:
     if not any(p.requires_grad for p in module.recipe.skeleton(module.recipe.config()).parameters()):
         raise InputError(f"{module.recipe.tuning} leaves nothing to train; choose another tuning")
     module.check(device)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Gates):
+            callback.check(module.recipe.attention)
     datamodule.trainer = trainer
     _check_tokens_per_step(folder.resume_from(cfg.resume), datamodule)
     datamodule.prepare_data()

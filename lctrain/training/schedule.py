@@ -21,3 +21,15 @@ def cosine(optimizer: Optimizer, *, num_warmup_steps: int, num_steps: int, min_r
         return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return LambdaLR(optimizer, ratio)
+
+
+def trapezoid(
+    optimizer: Optimizer, *, num_warmup_steps: int, num_cooldown_steps: int, num_steps: int, min_ratio: float
+) -> LambdaLR:
+    """DuoAttention's: linear up, constant, linear down to `num_steps`; at least `min_ratio` of the learning rate."""
+
+    def ratio(step: int) -> float:
+        up, down = (step + 1) / max(1, num_warmup_steps), (num_steps - step) / max(1, num_cooldown_steps)
+        return min(1.0, max(min(up, down), min_ratio))
+
+    return LambdaLR(optimizer, ratio)

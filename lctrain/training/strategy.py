@@ -39,9 +39,13 @@ class ShardedCheckpoints(Strategy):
         assert self.lightning_module is not None
         return {name: p for name, p in self.lightning_module.named_parameters() if p.requires_grad}
 
+    def whole(self, parameter: Parameter) -> Tensor:
+        """What is trained of it, in fp32. Collective: every rank asks for the same one."""
+        return parameter.detach()
+
     def parameter_state(self, parameter: Parameter) -> ParameterState:
-        """The whole parameter and its optimizer states. Collective: every rank asks for the same one."""
-        return {VALUE: parameter.detach(), **self.torch_optimizer.state.get(parameter, {})}
+        """The whole parameter and its optimizer states. Collective, too."""
+        return {VALUE: self.whole(parameter), **self.torch_optimizer.state.get(parameter, {})}
 
     def load_parameter(self, parameter: Parameter, state: ParameterState) -> None:
         """The inverse of `parameter_state`."""
@@ -236,11 +240,16 @@ class ZeRO(ShardedCheckpoints, DeepSpeedStrategy):
             return float("nan")
         return float(self.deepspeed_engine.get_global_grad_norm())
 
+    def whole(self, parameter: Parameter) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return cast(Tensor, safe_get_full_fp32_param(parameter))
+
     def parameter_state(self, parameter: Parameter) -> ParameterState:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_optimizer_state
 
         flat: ParameterState = next(iter(self.torch_optimizer.state.values()), {})
-        return {VALUE: safe_get_full_fp32_param(parameter)} | {
+        return {VALUE: self.whole(parameter)} | {
             name: safe_get_full_optimizer_state(parameter, name) if entry.dim() else entry
             for name, entry in flat.items()
             if isinstance(entry, Tensor)

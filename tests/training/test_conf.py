@@ -56,6 +56,7 @@ EFFECTS = {  # each field that a run's groups have: what to run beside it, the c
     "optimizer/sgd": {"lr": "1e-3", "momentum": "0.5", "weight_decay": "0.5"},
     "scheduler/cosine": {"num_warmup_steps": "1", "num_steps": "40", "min_ratio": "0.9"},
     "scheduler/warmup": {"num_warmup_steps": "1"},
+    "scheduler/trapezoid": {"num_warmup_steps": "1", "num_cooldown_steps": "2", "num_steps": "2", "min_ratio": "0.9"},
     "trainer/default": {
         "max_steps": "3", "accumulate_grad_batches": "2", "gradient_clip_val": "1e-3", "precision": "bf16-mixed",
         "val_check_interval": "1", "deterministic": "true",
@@ -64,6 +65,7 @@ EFFECTS = {  # each field that a run's groups have: what to run beside it, the c
         "checkpoint.every_num_steps": "1", "checkpoint.every_num_minutes": "1e-9", "checkpoint.num_kept": "1",
     },
 }  # fmt: skip
+BESIDE = {"scheduler/trapezoid": ["scheduler.num_cooldown_steps=1"]}  # so short that all parts of it are passed
 FIXED = {  # where it runs (tests/parallel), and what lctrain does itself
     *("accelerator", "devices", "num_nodes", "strategy", "watchdog.timeout_minutes"),
     *("check_val_every_n_epoch", "enable_checkpointing", "enable_progress_bar"),
@@ -90,13 +92,13 @@ def usual() -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("name", EFFECTS)
 def test_every_field_changes_something(run, tmp_path, usual, name):
     group, _, choice = name.partition("/")
-    shape = ["logger=csv", "callbacks.checkpoint.every_num_steps=2", f"{group}={choice}"]
+    shape = ["logger=csv", "callbacks.checkpoint.every_num_steps=2", f"{group}={choice}", *BESIDE.get(name, [])]
 
     def of(folder: str, *overrides: str) -> dict[str, Any]:
         trained = run(f"run_dir={tmp_path}/{folder}", *shape, "scheduler.num_warmup_steps=2", *overrides)
         return outcome(trained, tmp_path / folder)
 
-    same = name if name in ("optimizer/sgd", "scheduler/warmup") else "defaults"
+    same = name if name in ("optimizer/sgd", "scheduler/warmup", "scheduler/trapezoid") else "defaults"
     if same not in usual:
         usual[same] = of("usual")
     elif name == "trainer/default":

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from lctrain.training.schedule import cosine, warmup
+from lctrain.training.schedule import cosine, trapezoid, warmup
 
 
 def rates(make, count, /, **settings):
@@ -37,3 +37,14 @@ def test_a_warmup_longer_than_the_run_only_rises():
     seen = rates(cosine, 4, num_warmup_steps=20, num_steps=4, min_ratio=0.1)
     assert seen == sorted(seen)
     assert seen[-1] < 0.2
+
+
+def test_a_trapezoid_rises_stays_and_falls_but_not_to_nothing():
+    seen = rates(trapezoid, 20, num_warmup_steps=5, num_cooldown_steps=10, num_steps=20, min_ratio=0.25)
+    assert seen[:5] == pytest.approx([0.25, 0.4, 0.6, 0.8, 1])
+    assert seen[5:11] == [1] * 6
+    assert seen[11:] == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.25])
+
+
+def test_ramps_that_meet_never_reach_the_top():
+    assert max(rates(trapezoid, 8, num_warmup_steps=8, num_cooldown_steps=8, num_steps=8, min_ratio=0.1)) < 0.7

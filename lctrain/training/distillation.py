@@ -1,0 +1,115 @@
+"""What a cheaper attention is to reproduce: the same model's full attention."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lctrain.attention.duo import GATES
+from lctrain.errors import InputError
+from lctrain.kernels.linear_kl import linear_kl
+from lctrain.model.head import IGNORED, hidden_states, softcap, unwrap
+from lctrain.model.install import attention_modules
+from lctrain.model.recipe import ModelRecipe
+from lctrain.model.teacher import check_teacher, teaching
+from lctrain.training.gates import gates_of
+from lctrain.training.objective import Objective
+
+CHOICES = {"loss": ("hidden_state", "attention_output", "logit_kl"), "layers": ("last", "all")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation(Objective):
+    """The distance from the student, under any attention, to its own full attention without adapters, and λ·Σ|α|.
+
+    At the tokens that have a label (of a corpus that marks its answers: there), `loss` is the mean over the hidden
+    size of the squared difference of hidden states, as DuoAttention's (arXiv:2410.10819, eq. 2 and the authors' code,
+    which average where the paper sums), or of attention's outputs behind their projection; or KL(teacher ‖ student) of
+    the next token, in nats. `layers` last: the last hidden states, final norm included, or the last layer's attention;
+    all: the mean over every layer's output or attention.
+
+    `gate_weight` is λ of eq. 3, for attention=duo. `gate_reduction` sum is the paper's; mean makes λ independent of the
+    number of gates. The term is added once a step, however the step is divided.
+    """
+
+    loss: Literal["hidden_state", "attention_output", "logit_kl"]
+    layers: Literal["last", "all"]
+    gate_weight: float
+    gate_reduction: Literal["sum", "mean"]
+
+    def check(self, device: torch.device, recipe: ModelRecipe) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InputError(f"objective.{name}={getattr(self, name)} is none of {', '.join(choices)}")
+        if self.loss == "logit_kl" and self.layers == "all":
+            raise InputError("objective.loss=logit_kl compares what the last layer leads to; use objective.layers=last")
+        if self.gate_reduction not in ("sum", "mean"):
+            raise InputError(f"objective.gate_reduction={self.gate_reduction} is neither sum nor mean")
+        if self.gate_weight < 0:
+            raise InputError(f"objective.gate_weight={self.gate_weight} must not be negative")
+        if self.gate_weight and GATES not in recipe.attention.learned():
+            raise InputError(
+                f"objective.gate_weight={self.gate_weight} weighs the gates of attention=duo, and "
+                f"{type(recipe.attention).__name__} has none; set it to 0"
+            )
+        check_teacher(recipe)
+
+    def __call__(self, model: PreTrainedModel | PeftModel, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        valid_BL = batch["labels"] != IGNORED
+        with teaching(model):  # first: the student's forward is what the backward expects to be the last
+            taught = self._states(model, batch, valid_BL)
+        learned = self._states(model, batch, valid_BL)
+        losses: dict[str, Tensor] = {self.loss: self._distance(model, learned, taught)}
+        if self.gate_weight:
+            # Each valid token carries the term, so that the mean over the step's tokens has it once.
+            losses["gates"] = self.gate_weight * self._magnitude(model) * valid_BL.sum()
+        return losses
+
+    def _states(self, model: PreTrainedModel | PeftModel, batch: Mapping[str, Any], valid_BL: Tensor) -> list[Tensor]:
+        """What is compared, [N, D] a layer."""
+        with outputs_of(self._observed(unwrap(model)), valid_BL) as outputs:
+            last = hidden_states(model, batch["input_ids"], batch["position_ids"])
+        return [x if x.ndim == 2 else x[valid_BL] for x in outputs or [last]]
+
+    def _observed(self, model: PreTrainedModel) -> Sequence[nn.Module]:
+        """The modules whose outputs are compared; none for the model's own."""
+        if self.loss == "attention_output":
+            modules = attention_modules(model)
+            return modules if self.layers == "all" else modules[-1:]
+        return list(model.get_decoder().layers) if self.layers == "all" else []
+
+    def _distance(self, model: PreTrainedModel | PeftModel, learned: list[Tensor], taught: list[Tensor]) -> Tensor:
+        if self.loss == "logit_kl":
+            head = unwrap(model).get_output_embeddings()
+            return linear_kl(learned[0], taught[0], head.weight, head.bias, softcap=softcap(model))
+        squares = [(a.float() - b.float()).square().mean(-1).sum() for a, b in zip(learned, taught, strict=True)]
+        return torch.stack(squares).mean()
+
+    def _magnitude(self, model: PreTrainedModel | PeftModel) -> Tensor:
+        gates = torch.cat([gate_K.abs() for gate_K in gates_of(model)])
+        return gates.sum() if self.gate_reduction == "sum" else gates.mean()
+
+
+@contextmanager
+def outputs_of(modules: Sequence[nn.Module], valid_BL: Tensor) -> Iterator[list[Tensor]]:
+    """What each module gives out while this is open: [B, L, D], or [N, D] of the valid tokens where nothing trains.
+
+    A layer that will be recomputed must do the same then, without hooks: with gradients nothing is computed here.
+    """
+    outputs: list[Tensor] = []
+
+    def keep(_: nn.Module, args: Any, output: Any) -> None:
+        x_BLD = output if isinstance(output, Tensor) else output[0]
+        outputs.append(x_BLD if torch.is_grad_enabled() else x_BLD[valid_BL])
+
+    handles = [module.register_forward_hook(keep) for module in modules]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,93 @@
+"""How gates move: two numbers a step, and a picture now and then."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from peft import PeftModel
+from torch import Tensor
+from torch.nn import Parameter
+from transformers import PreTrainedModel
+
+from lctrain.attention.base import Attention
+from lctrain.attention.duo import GATES
+from lctrain.errors import InputError
+from lctrain.evaluation.pictures import STYLE
+from lctrain.model.head import unwrap
+from lctrain.model.install import attention_modules
+from lctrain.training.strategy import ShardedCheckpoints
+
+PICTURE = "gates.png"
+
+
+def gates_of(model: PreTrainedModel | PeftModel) -> list[Parameter]:
+    """Each layer's gates [key-value heads]."""
+    return [module.get_parameter(GATES) for module in attention_modules(unwrap(model))]
+
+
+class Gates(Callback):
+    """Records the mean gate and the share of gates above `threshold` at every optimizer step.
+
+    Every `every_num_steps` and at the end the gates are drawn, layer by head, for W&B where that records the run; the
+    last picture is gates.png in `folder`. Stands before Metrics, which writes down what it finds.
+    """
+
+    def __init__(self, *, folder: str, threshold: float, every_num_steps: int) -> None:
+        if not 0 <= threshold <= 1 or every_num_steps < 1:
+            raise InputError(
+                f"callbacks.gates: threshold={threshold} must be within 0 and 1, "
+                f"every_num_steps={every_num_steps} at least 1"
+            )
+        self.folder, self.threshold, self.every_num_steps = Path(folder), threshold, every_num_steps
+
+    def check(self, attention: Attention) -> None:
+        """InputError where there are no gates to record."""
+        if GATES not in attention.learned():
+            raise InputError("callbacks=gates records the gates of attention=duo; this attention has none")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        module, step = cast(Any, pl_module), trainer.global_step
+        strategy = cast(ShardedCheckpoints, trainer.strategy)
+        gates_LK = torch.stack([strategy.whole(gate_K) for gate_K in gates_of(module.model)]).cpu()
+        module.measures["gates/mean"] = float(gates_LK.mean())
+        module.measures["gates/share_above_threshold"] = float((gates_LK > self.threshold).float().mean())
+        finished = step == trainer.max_steps
+        if not trainer.is_global_zero or not (finished or step % self.every_num_steps == 0):
+            return
+        figure = gate_heatmap(gates_LK, f"Gates after step {step:,}")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("gates/heatmap", [figure], step=step)
+        if finished:
+            figure.savefig(self.folder / PICTURE, dpi=150)
+
+
+def gate_heatmap(gates_LK: Tensor, title: str) -> Figure:
+    """Layers downwards, key-value heads to the right, from 0 to 1; a gate bears its number where they are few."""
+    num_layers, num_heads = gates_LK.shape
+    with rc_context(STYLE):
+        figure = Figure(figsize=(max(4.6, 2.6 + 0.42 * num_heads), max(2.8, 1.5 + 0.26 * num_layers)))
+        axes = figure.subplots()
+        image = axes.imshow(gates_LK.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        if gates_LK.numel() <= 128:
+            for layer, row in enumerate(gates_LK.tolist()):
+                for head, gate in enumerate(row):
+                    colour = "white" if gate > 0.6 else "#222222"
+                    axes.text(head, layer, f"{gate:.2f}", ha="center", va="center", color=colour, fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+        axes.set(title=title, xlabel="key-value head", ylabel="layer")
+        axes.tick_params(length=0)
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        figure.colorbar(image, ax=axes, label="gate (0 streams, 1 retrieves)", ticks=[0, 0.25, 0.5, 0.75, 1])
+    return figure
