@@ -28,8 +28,12 @@ def encode_conversation(document: Document, tokenizer: PreTrainedTokenizerBase) 
     text = _render(tokenizer, document.messages)
     answers = _answer_spans(document, text, tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    mask = [int(any(start <= at < stop for start, stop in answers)) for at, _ in encoded["offset_mapping"]]
-    return list(encoded["input_ids"]), mask
+    return list(encoded["input_ids"]), answer_mask(encoded["offset_mapping"], answers)
+
+
+def answer_mask(offsets: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int]]) -> list[int]:
+    """1 for each token, given by its characters, that begins in one of `answers`."""
+    return [int(any(start <= at < stop for start, stop in answers)) for at, _ in offsets]
 
 
 def _answer_spans(document: Document, text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ Message: TypeAlias = dict[str, str]  # role and content, as chat templates take 
 class Document:
     """A piece of text, or a conversation where `messages` is given.
 
+    Of a text with `answers`, pairs of a first character and one past the last, only these are to be predicted.
     `name` decides whether the document is held out, so it must not depend on the machine. What follows a `#` in it
     names a variant: all variants of one source stay on the same side of the split.
     """
@@ -21,6 +22,7 @@ class Document:
     name: str
     text: str = ""
     messages: Sequence[Message] = ()
+    answers: Sequence[tuple[int, int]] = ()
 
     @property
     def source(self) -> str:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from lctrain.data.conversation import encode_conversation
+from lctrain.data.conversation import answer_mask, encode_conversation
 from lctrain.data.corpus import Corpus, Document
 from lctrain.data.split import unit_hash
 from lctrain.data.table import TokenTable
@@ -111,15 +111,22 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 def _encode(batch: list[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
     """One row a document, in order. The texts go to the tokenizer together: its own threads share them out."""
     texts = [document.text for document in batch if not document.messages]
-    encoded = iter(tokenizer(texts, **PLAIN)["input_ids"] if texts else [])
+    marked = any(document.answers for document in batch)
+    if marked and not tokenizer.is_fast:
+        raise InputError("the tokenizer does not tell which characters a token stands for, as marked answers need")
+    found = tokenizer(texts, **PLAIN, return_offsets_mapping=marked) if texts else {"input_ids": []}
+    encoded = zip(found["input_ids"], found.get("offset_mapping", found["input_ids"]), strict=True)
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for document in batch:
+        mask: list[int] | None
         if document.messages:
             ids, mask = encode_conversation(document, tokenizer)
         else:
-            text_ids, mask = next(encoded), None
+            text_ids, offsets = next(encoded)
             ids = [*start, *text_ids, *end] if text_ids else []
+            within = answer_mask(offsets, document.answers) if document.answers else []
+            mask = [0] * len(start) + within + [0] * len(end) if within else None
         yield {
             "name": document.name,
             "source_hash": unit_hash(document.source),

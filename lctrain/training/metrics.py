@@ -65,8 +65,9 @@ class Metrics(Callback):
         if (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # DeepSpeed's engine is stepped behind every micro-batch
         self._loss = trainer.strategy.reduce(self._loss, reduce_op="mean")
-        terms = cast(Any, pl_module).losses
-        self._terms = {f"loss/{name}": float(trainer.strategy.reduce(term, "mean")) for name, term in terms.items()}
+        terms = cast(Any, pl_module).losses if len(cast(Any, pl_module).losses) > 1 else {}
+        reduced = {name: trainer.strategy.reduce(term, reduce_op="mean") for name, term in terms.items()}
+        self._terms = {f"loss/{name}": float(term) for name, term in reduced.items()}
         self._require_finite(trainer, "the loss", float(self._loss), trainer.global_step + 1)
         self._grad_norm = cast(ShardedCheckpoints, trainer.strategy).gradient_norm()
         if self._grad_norm is not None:
@@ -107,7 +108,7 @@ class Metrics(Callback):
         self.last = {
             "loss": loss,
             **({"perplexity": math.exp(min(loss, 80.0))} if module.objective.is_perplexity else {}),
-            **(self._terms if len(self._terms) > 1 else {}),
+            **self._terms,
             **module.measures,
             "sequence_length": length,
             "lr": self._lr,

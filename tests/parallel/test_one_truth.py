@@ -25,6 +25,10 @@ SHARED = [
     *("trainer.max_steps=20", "trainer.gradient_clip_val=0.5", "trainer.val_check_interval=1000"),
     *("datamodule.packing=whole", "callbacks.checkpoint.every_num_steps=null", "scheduler.num_warmup_steps=2"),
 ]
+DUO = [  # only gates train, towards the same model's full attention
+    *("attention=duo", "attention.num_sink_tokens=2", "attention.recent_size=4", "tuning=gates", "callbacks=gates"),
+    *("objective=duo", "optimizer.lr=0.02", "optimizer.eps=1e-5"),
+]
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 ROWS_PER_STEP = 8
 FP32, BF16 = 1e-5, 3e-2
@@ -33,13 +37,15 @@ FP32, BF16 = 1e-5, 3e-2
 def case(attention, optimizer, *others, ranks=1, sp=1, accumulate=1):
     rows = ROWS_PER_STEP * sp // (ranks * accumulate)
     divided = [f"datamodule.micro_batch_size={rows}", f"trainer.accumulate_grad_batches={accumulate}"]
-    return [*ATTENTION[attention], *OPTIMIZER[optimizer], *SHARED, *divided, f"sequence_parallel_size={sp}", *others]
+    chosen = DUO if attention == "duo" else [*ATTENTION[attention], *OPTIMIZER[optimizer]]
+    return [*chosen, *SHARED, *divided, f"sequence_parallel_size={sp}", *others]
 
 
 def references():
     cases = {f"{a}-{o}": case(a, o) for a in ATTENTION for o in OPTIMIZER}
     for tuning in ("lora", "longlora"):
         cases[tuning] = case("shifted_sparse", "adamw", f"tuning={tuning}")
+    cases["duo"] = case("duo", "adamw")
     for tuning in ("full", "longlora"):
         cases[f"bf16-{tuning}"] = case("shifted_sparse", "adamw", f"tuning={tuning}", "model.dtype=bfloat16")
     return cases
@@ -59,6 +65,9 @@ def on_two_ranks():
         for strategy, sp in (("ddp", 2), ("zero2", 1), ("zero3", 2)):
             words = [f"strategy={strategy}", f"tuning={tuning.removeprefix('bf16-')}", *dtype]
             cases[f"{tuning}/{strategy}-sp{sp}"] = case("shifted_sparse", "adamw", *words, ranks=2, sp=sp)
+    for strategy, sp, accumulate in (("ddp", 2, 4), ("zero2", 1, 4), ("zero3", 2, 1)):
+        words = f"duo/{strategy}-sp{sp}-accumulate{accumulate}"
+        cases[words] = case("duo", "adamw", f"strategy={strategy}", ranks=2, sp=sp, accumulate=accumulate)
     offload = ["strategy=zero3", "strategy.offload_optimizer=true", "strategy.offload_parameters=true"]
     cases["full-adamw/zero3-offload"] = case("full", "adamw", *offload, ranks=2)
     cases["full-adamw/zero1-offload"] = case(
