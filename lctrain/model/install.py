@@ -162,7 +162,8 @@ class _Installed:
         """What the kernel made of a pattern's mask, for all layers of its group."""
         key = (repr(pattern), pattern.layer_group(layout.layer_idx))
         if key not in mask.prepared:
-            plain = mask.mask_function is causal_mask_function and mask.padding_BS is None and not layout.decoding
+            last = mask.q_offset + mask.q_length == mask.kv_offset + mask.kv_length  # the queries are the last keys'
+            plain = mask.mask_function is causal_mask_function and mask.padding_BS is None and last
             window = pattern.window(layout) if plain else None
             if position_ids is None and (window is None or window < mask.kv_length):
                 raise InputError(f"{type(module).__name__} hands no position_ids to its attention; it can't be masked")
