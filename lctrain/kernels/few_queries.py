@@ -32,4 +32,5 @@ def attend_few(q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | No
         mask = mask.unflatten(1, (num_kv_heads, groups)).flatten(2, 3)
     with sdpa_kernel(_BACKENDS, set_priority=True):
         out = F.scaled_dot_product_attention(q, k_BKSD, v_BKSD, attn_mask=mask, scale=scaling)
-    return out.unflatten(2, (groups, length)).flatten(1, 2)
+    out_BHLD: Tensor = out.unflatten(2, (groups, length)).flatten(1, 2)
+    return out_BHLD
