@@ -1,26 +1,70 @@
 """The interface of a cache policy, and how a long prompt is read in chunks.
 
-Shape legend: B batch, S tokens of the row.
+Shape legend: B batch, H query heads, K key-value heads, L new tokens, S all tokens of the row so far, D head dim.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from lctrain.errors import InputError
+from lctrain.kernels.base import Kernel
 
 
 class CachePolicy(ABC):
     """What is kept of the keys and values before, and what of it is attended: makes caches for `generate`."""
 
     @abstractmethod
-    def new(self, model: PreTrainedModel) -> Cache:
-        """An empty cache: `model.generate(…, past_key_values=policy.new(model))`. InputError if it can't serve it."""
+    def new(self, model: PreTrainedModel, length: int | None = None) -> Cache:
+        """An empty cache: `model.generate(…, past_key_values=policy.new(model))`.
 
-    def check(self, config: PreTrainedConfig, length: int) -> None:  # noqa: B027 - most fit always
+        `length`: tokens of a row to reserve memory for; without it memory grows, and is at most a quarter too much.
+        Raises InputError if the policy can't serve this model.
+        """
+
+    @abstractmethod
+    def num_bytes(self, config: PreTrainedConfig, length: int, batch_size: int, dtype: torch.dtype) -> int:
+        """What a cache that was made for `length` tokens holds, from the first token on."""
+
+    def check(self, config: PreTrainedConfig, length: int | None = None) -> None:  # noqa: B027 - most fit always
         """Raise InputError if the policy does not fit the model, or rows of this length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """What a layer's cache is told of the forward that asks it."""
+
+    start: int  # tokens of the row before the new ones
+    tokens_BS: Tensor | None  # False where a row is padded; None: nowhere
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]  # (q, all keys, all values) by the installed method
+    kernel: Kernel
+    scaling: float
+    shared: dict[Any, Any]  # by all layers of the forward: what was prepared for one serves the others
+
+
+class Store(ABC):
+    """The keys and values that some heads of one layer keep: a policy is a way to store and to attend.
+
+    `keys` and `values` are buffers [B, K, ≥ kept, D]; rows of the batch are selected in them for beams.
+    """
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    @abstractmethod
+    def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, forward: Forward) -> Tensor:
+        """[B, H, L, D] of new queries over what was kept and the new keys; keeps of those what later ones need."""
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is forgotten: any method may attend, and the last tokens can be taken back."""
+        return False
 
 
 @torch.no_grad()

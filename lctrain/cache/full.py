@@ -1,15 +1,73 @@
-"""Every key and value of every head."""
+"""Every key and value of every head.
+
+Shape legend: B batch, H query heads, K key-value heads, L new tokens, D head dim.
+"""
 
 from dataclasses import dataclass
 
-from transformers import Cache, DynamicCache, PreTrainedModel
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
-from lctrain.cache.base import CachePolicy
+from lctrain.cache.base import CachePolicy, Forward, Store
+from lctrain.cache.layer import CacheLayer, Part, require_installed
+
+MIN_ROOM = 64  # tokens: the least that a full buffer grows by
+
+
+class AllKeys(Store):
+    """Buffers with room for more, so that a token is not paid for with a copy of all before it."""
+
+    def __init__(self, reserve: int | None = None) -> None:
+        super().__init__()
+        self._reserve = reserve or 0
+
+    def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, forward: Forward) -> Tensor:
+        stop = forward.start + k_BKLD.shape[2]
+        self.keys, self.values = (
+            self._with_room(*x, forward.start, stop) for x in ((self.keys, k_BKLD), (self.values, v_BKLD))
+        )
+        for buffer, new in ((self.keys, k_BKLD), (self.values, v_BKLD)):
+            buffer[:, :, forward.start : stop] = new
+        return forward.attend(q_BHLD, self.keys[:, :, :stop], self.values[:, :, :stop])
+
+    def _with_room(self, buffer: Tensor | None, new_BKLD: Tensor, start: int, stop: int) -> Tensor:
+        if buffer is not None and buffer.shape[2] >= stop:
+            return buffer
+        room = self._reserve if buffer is None else max(stop + MIN_ROOM, stop * 5 // 4)
+        larger = new_BKLD.new_empty(*new_BKLD.shape[:2], max(stop, room), new_BKLD.shape[3])
+        if buffer is not None:
+            larger[:, :, :start] = buffer[:, :, :start]
+        return larger
+
+    @property
+    def keeps_all(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
 class FullCache(CachePolicy):
-    """What transformers keeps by itself: all of the context, but for layers with a sliding window of their own."""
+    """All of the context, whatever the installed method sees of it.
 
-    def new(self, model: PreTrainedModel) -> Cache:
-        return DynamicCache(config=model.config)
+    Layers with a window or a state of their own keep what transformers keeps for them.
+    """
+
+    def new(self, model: PreTrainedModel, length: int | None = None) -> Cache:
+        require_installed(model)
+        layers = DynamicCache(config=model.config.get_text_config()).layers
+        return Cache(
+            [CacheLayer([Part(AllKeys(length), None)]) if type(layer) is DynamicLayer else layer for layer in layers]
+        )
+
+    def num_bytes(self, config: PreTrainedConfig, length: int, batch_size: int, dtype: torch.dtype) -> int:
+        text = config.get_text_config()
+        num_heads = int(text.num_hidden_layers * text.num_key_value_heads)
+        return num_heads * length * bytes_per_key(config, batch_size, dtype)
+
+
+def bytes_per_key(config: PreTrainedConfig, batch_size: int, dtype: torch.dtype) -> int:
+    """Of a token in one head of one layer: its key and its value, in all rows."""
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * batch_size * int(head_dim) * dtype.itemsize

@@ -1,4 +1,7 @@
-"""cuDNN's fused attention for plain causal rows, FlexAttention for everything else."""
+"""cuDNN's fused attention for plain causal rows, FlexAttention for patterns.
+
+Its causal mask begins at the first key: a chunk of queries behind other keys takes torch's flash attention.
+"""
 
 from typing import Any
 
@@ -6,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from lctrain.kernels.base import HALF, Demand
+from lctrain.kernels.few_queries import FEW
 from lctrain.kernels.flex import FlexKernel
 from lctrain.kernels.mask import Mask
 
@@ -31,11 +36,15 @@ class CudnnKernel(FlexKernel):
         return None
 
     def prepare(self, mask: Mask) -> Any:
-        return None if mask.causal else super().prepare(mask)
+        if not mask.causal or (mask.q_length < FEW and not mask.square):
+            return super().prepare(mask)
+        return None if mask.square else causal_lower_right(mask.q_length, mask.kv_length)
 
     def attend(
         self, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, prepared: Any, *, scaling: float, softcap: float | None
     ) -> Tensor:
+        if isinstance(prepared, CausalBias):
+            return F.scaled_dot_product_attention(q_BHLD, k_BKSD, v_BKSD, prepared, scale=scaling, enable_gqa=True)
         if prepared is not None:
             return super().attend(q_BHLD, k_BKSD, v_BKSD, prepared, scaling=scaling, softcap=softcap)
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lctrain.kernels.base import HALF, Demand
 from lctrain.kernels.block_mask import BLOCK
+from lctrain.kernels.few_queries import FEW
 from lctrain.kernels.flex import FlexKernel
 from lctrain.kernels.mask import Mask
 
@@ -20,7 +21,10 @@ HEAD_DIMS = (64, 96, 128, 256)  # forward and backward were compared with the re
 
 
 class Window(NamedTuple):
-    """Causal attention, `size` tokens back, None for all; `cu_seqlens` are where documents begin, of T tokens."""
+    """Causal attention, `size` tokens back, None for all; `cu_seqlens` are where documents begin, of T tokens.
+
+    The last query is the last key's, where there are fewer.
+    """
 
     size: int | None
     cu_seqlens: Tensor | None
@@ -49,7 +53,7 @@ class FlashKernel(FlexKernel):
         return None
 
     def prepare(self, mask: Mask) -> Any:
-        if mask.window is None:
+        if mask.window is None or (mask.q_length < FEW and not mask.square):
             return super().prepare(mask)
         size = mask.window if mask.window < mask.kv_length else None
         return Window(size, None if mask.documents is None else _cu_seqlens(mask.documents[0]))

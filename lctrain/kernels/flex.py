@@ -9,10 +9,10 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from lctrain.kernels.base import Demand, Kernel
 from lctrain.kernels.block_mask import BLOCK, block_mask
+from lctrain.kernels.few_queries import FEW, FewQueries, attend_few
 from lctrain.kernels.mask import Mask
 from lctrain.kernels.reference import ReferenceKernel
 
-MIN_QUERIES = 128  # fewer, as in decoding, are computed as they stand: a kernel for each length would be compiled
 RECOMPILE_LIMIT = 64  # shapes a process may meet: a curriculum's lengths, evaluation's, decoding
 
 
@@ -46,15 +46,17 @@ class FlexKernel(Kernel):
         return "needs a CUDA device; use kernel=auto" if demand.device_type != "cuda" else None
 
     def prepare(self, mask: Mask) -> Any:
-        if mask.q_length < MIN_QUERIES:
-            return ReferenceKernel().prepare(mask)
+        if mask.q_length < FEW:
+            return FewQueries(None if mask.causal and mask.q_length == 1 else ReferenceKernel().prepare(mask))
         return block_mask(mask, self.kv_block(mask.head_dim))
 
     def attend(
         self, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, prepared: Any, *, scaling: float, softcap: float | None
     ) -> Tensor:
-        if isinstance(prepared, Tensor):
-            return ReferenceKernel().attend(q_BHLD, k_BKSD, v_BKSD, prepared, scaling=scaling, softcap=softcap)
+        if isinstance(prepared, FewQueries):
+            if softcap is None:
+                return attend_few(q_BHLD, k_BKSD, v_BKSD, prepared.mask, scaling)
+            return ReferenceKernel().attend(q_BHLD, k_BKSD, v_BKSD, prepared.mask, scaling=scaling, softcap=softcap)
         out: Tensor = _compiled(self.backend, softcap)(q_BHLD, k_BKSD, v_BKSD, prepared, scaling)
         return out
 

@@ -34,7 +34,8 @@ class Mask:
     kv_offset: int = 0
     positions: tuple[Tensor, Tensor] | None = None  # of queries [R, L] and keys [R, S]; None: the index in the row
     documents: tuple[Tensor, Tensor] | None = None  # their numbers, likewise; None: a row is one document
-    window: int | None = None  # where all of it is just causal in each document, this many tokens back with itself
+    # Where all of it is just causal in each document: this many tokens back with itself. Queries are the last tokens.
+    window: int | None = None
 
     @property
     def batch(self) -> int:
@@ -43,8 +44,13 @@ class Mask:
 
     @property
     def causal(self) -> bool:
-        """Whether it is plain causal attention over rows of one document."""
+        """Whether it is plain causal attention over rows of one document, whose last tokens are the queries."""
         return self.window is not None and self.window >= self.kv_length and self.documents is None
+
+    @property
+    def square(self) -> bool:
+        """Whether every token of the row is a query."""
+        return self.q_length == self.kv_length
 
     def mask_mod(self) -> MaskMod:
         """The function of indices in this forward."""

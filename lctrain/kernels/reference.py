@@ -18,14 +18,24 @@ class ReferenceKernel(Kernel):
         return mask.evaluate(slice(0, mask.q_length), slice(0, mask.kv_length))
 
     def attend(
-        self, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, prepared: Tensor, *, scaling: float, softcap: float | None
+        self,
+        q_BHLD: Tensor,
+        k_BKSD: Tensor,
+        v_BKSD: Tensor,
+        prepared: Tensor | None,
+        *,
+        scaling: float,
+        softcap: float | None,
     ) -> Tensor:
+        """As every kernel; `prepared` of None hides nothing."""
         dtype = torch.promote_types(q_BHLD.dtype, torch.float32)
         groups = k_BKSD.shape[1]
         q_BKGLD = q_BHLD.to(dtype).unflatten(1, (groups, -1))
         scores = torch.einsum("bkgld,bksd->bkgls", q_BKGLD, k_BKSD.to(dtype)) * scaling
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        mask_BKGLS = prepared.expand(-1, q_BHLD.shape[1], -1, -1).unflatten(1, (groups, -1))
-        weights = scores.masked_fill(~mask_BKGLS, float("-inf")).softmax(dim=-1)
+        if prepared is not None:
+            mask_BKGLS = prepared.expand(-1, q_BHLD.shape[1], -1, -1).unflatten(1, (groups, -1))
+            scores = scores.masked_fill(~mask_BKGLS, float("-inf"))
+        weights = scores.softmax(dim=-1)
         return torch.einsum("bkgls,bksd->bkgld", weights, v_BKSD.to(dtype)).flatten(1, 2).to(q_BHLD.dtype)

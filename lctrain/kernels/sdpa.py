@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lctrain.kernels.base import Demand, Kernel
+from lctrain.kernels.few_queries import attend_few
 from lctrain.kernels.mask import Mask
 
 # Tiles of 512 queries skip most of what a pattern hides and still keep a CPU's cores busy.
@@ -36,7 +37,7 @@ class SDPAKernel(Kernel):
         return "can't cap attention scores as this model does; use kernel=auto" if demand.softcap is not None else None
 
     def prepare(self, mask: Mask) -> list[Tile] | None:
-        if mask.causal:
+        if mask.causal and (mask.square or mask.q_length == 1):
             return None
         offset = mask.kv_length - mask.q_length  # causal: query i sees no key after i + offset
         tiles = []
@@ -60,6 +61,8 @@ class SDPAKernel(Kernel):
         scaling: float,
         softcap: float | None,
     ) -> Tensor:
+        if prepared is None and q_BHLD.shape[2] == 1:  # sees all keys
+            return attend_few(q_BHLD, k_BKSD, v_BKSD, None, scaling)
         if prepared is None:
             return F.scaled_dot_product_attention(
                 q_BHLD, k_BKSD, v_BKSD, is_causal=True, scale=scaling, enable_gqa=True

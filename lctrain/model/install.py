@@ -17,6 +17,8 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from lctrain.attention.base import Attention, Layout, MaskedAttention
 from lctrain.attention.full import FullAttention
+from lctrain.cache.base import Forward
+from lctrain.cache.layer import Fresh
 from lctrain.errors import InputError
 from lctrain.kernels.base import Demand, Kernel
 from lctrain.kernels.choose import choose
@@ -133,9 +135,35 @@ class _Installed:
 
             return self.method.attend(module, q, k, v, layout, run)
 
+        if isinstance(k_BKSD, Fresh):
+            return self._cached(attention, q_BHLD, k_BKSD, v_BKSD, mask, scaling).transpose(1, 2), None
         if self.ulysses is None:
             return attention(q_BHLD, k_BKSD, v_BKSD).transpose(1, 2), None
         return self.ulysses.attend(attention, q_BHLD, k_BKSD, v_BKSD).transpose(1, 2), None
+
+    def _cached(
+        self,
+        attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+        q_BHLD: Tensor,
+        fresh: Fresh,
+        v_BKLD: Tensor,
+        mask: _Mask,
+        scaling: float,
+    ) -> Tensor:
+        """The layer's cache keeps the new keys and attends, by this method where it keeps them all."""
+        if not fresh.layer.keeps_all and not isinstance(self.method, FullAttention):
+            raise InputError(f"this cache decides itself what heads see, instead of {self.method}; use attention=full")
+        if self.ulysses is not None:
+            raise InputError("sequence parallelism is for training: it has no cache")
+        forward = Forward(
+            start=mask.q_offset,
+            tokens_BS=mask.padding_BS,
+            attend=attention,
+            kernel=self.kernel,
+            scaling=scaling,
+            shared=mask.prepared,
+        )
+        return fresh.layer.attend(q_BHLD, fresh.keys, v_BKLD, forward)
 
     def _layout(self, mask: _Mask, module: nn.Module, q: Tensor) -> Layout:
         """The whole layer's, of which `q` holds this rank's heads."""
@@ -162,7 +190,8 @@ class _Installed:
         """What the kernel made of a pattern's mask, for all layers of its group."""
         key = (repr(pattern), pattern.layer_group(layout.layer_idx))
         if key not in mask.prepared:
-            plain = mask.mask_function is causal_mask_function and mask.padding_BS is None and not layout.decoding
+            last = mask.q_offset + mask.q_length == mask.kv_offset + mask.kv_length  # the queries are the last keys'
+            plain = mask.mask_function is causal_mask_function and mask.padding_BS is None and last
             window = pattern.window(layout) if plain else None
             if position_ids is None and (window is None or window < mask.kv_length):
                 raise InputError(f"{type(module).__name__} hands no position_ids to its attention; it can't be masked")

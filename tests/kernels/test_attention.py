@@ -124,8 +124,41 @@ def test_at_the_tile_that_ships(kernel, pattern):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("num_kv", [4, 2, 1])
-def test_plain_causal_needs_no_mask(kernel, num_kv):
-    check(KERNELS[kernel], None, 37, num_kv)
+@pytest.mark.parametrize("queries", [37, 5, 1])
+def test_plain_causal_needs_no_mask(kernel, num_kv, queries):
+    check(KERNELS[kernel], None, 37, num_kv, queries=queries)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("num_kv", [4, 2, 1])
+@pytest.mark.parametrize("pattern", [None, "window", "s2", "rows differ"])
+@pytest.mark.parametrize("kernel", [FlashKernel(), CudnnKernel(), FlexKernel()])
+def test_few_queries_need_no_card(kernel, num_kv, pattern, queries):
+    """Decoding compiles nothing; query heads that share keys are computed together."""
+    mask_mod = pattern and mask_mods(37)[pattern]
+    check(kernel, mask_mod, 37, num_kv, queries=queries, heads_differ=pattern == "s2", dtype=torch.float64)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_few_queries_may_have_capped_scores(queries):
+    check(FlexKernel(), None, 37, 2, queries=queries, dtype=torch.float64, softcap=0.5)
+
+
+def test_one_query_that_sees_all_asks_for_no_mask():
+    for kernel in (FlashKernel(), CudnnKernel(), FlexKernel()):
+        assert kernel.prepare(mask_of(None, 1, 37)).mask is None
+    assert SDPAKernel().prepare(mask_of(None, 1, 37)) is None
+
+
+def test_a_chunk_behind_other_keys_is_masked_by_no_table():
+    """Flash and torch's lower right mask take it from the lengths."""
+    assert FlashKernel().prepare(mask_of(None, 200, 537)) == (None, None)
+    q, k, v = (torch.randn(1, heads, length, 16) for heads, length in ((4, 200), (2, 537), (2, 537)))
+    outs = []
+    for kernel in (CudnnKernel(), SDPAKernel()):
+        prepared = kernel.prepare(mask_of(None, 200, 537, groups=2))
+        outs.append(kernel.attend(q, k, v, prepared, scaling=0.25, softcap=None))
+    torch.testing.assert_close(*outs)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -253,17 +286,6 @@ class TestChoose:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
         with pytest.raises(InputError, match="kernel=flash runs on Hopper, not on NVIDIA A100"):
             choose("flash", demand("cuda"))
-
-
-@pytest.mark.parametrize("kernel", [FlashKernel(), CudnnKernel(), FlexKernel()])
-def test_few_queries_are_computed_as_they_stand(kernel):
-    """Decoding compiles no kernel, so this path runs without a card too."""
-    q, k, v = (torch.randn(1, heads, length, 16) for heads, length in ((4, 3), (2, 9), (2, 9)))
-    outs = []
-    for each in (kernel, SDPAKernel()):
-        prepared = each.prepare(mask_of(lambda b, h, q, k: k <= q, 3, 9, groups=2))
-        outs.append(each.attend(q, k, v, prepared, scaling=0.25, softcap=None))
-    torch.testing.assert_close(*outs)
 
 
 @pytest.mark.parametrize(

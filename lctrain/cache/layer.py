@@ -1,0 +1,143 @@
+"""One layer's cache in transformers' Cache: the new keys go to attention together with who keeps them.
+
+Shape legend: B batch, H query heads, K key-value heads, L new tokens, D head dim.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from lctrain.cache.base import Forward, Store
+from lctrain.errors import InputError
+
+
+class Fresh(NamedTuple):
+    """In place of keys: the new ones, and the layer that knows those before. Only lctrain's attention takes it."""
+
+    layer: "CacheLayer"
+    keys: Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """The key-value heads [K] that one store keeps; None where it keeps all."""
+
+    store: Store
+    heads: Tensor | None
+
+
+class CacheLayer(CacheLayerMixin):
+    """Each head's keys and values are in one of the parts' stores, which also attends for it."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.parts = parts
+        self._length = 0
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the installed method still decides what is seen."""
+        return all(part.store.keeps_all for part in self.parts)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Stores allocate what they need when they are given keys."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keeps nothing yet: `attend` comes in the same layer, and knows the queries."""
+        held = next((part.store.keys.shape[0] for part in self.parts if part.store.keys is not None), None)
+        if held not in (None, key_states.shape[0]):
+            raise InputError(
+                f"the cache holds {held} rows, not {key_states.shape[0]}; for several continuations of each, "
+                "call cache.batch_repeat_interleave first, or start from a new cache"
+            )
+        return cast(Tensor, Fresh(self, key_states)), value_states
+
+    def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, forward: Forward) -> Tensor:
+        """[B, H, L, D]; the new keys are kept from here on."""
+        self._length += k_BKLD.shape[2]
+        if len(self.parts) == 1:
+            return self.parts[0].store.attend(q_BHLD, k_BKLD, v_BKLD, forward)
+        q_BKGLD = q_BHLD.unflatten(1, (k_BKLD.shape[1], -1))
+        out_BKGLD = torch.empty_like(q_BKGLD)
+        for part in self.parts:
+            assert part.heads is not None
+            heads = part.heads.to(k_BKLD.device)
+            q, k, v = (x.index_select(1, heads) for x in (q_BKGLD, k_BKLD, v_BKLD))
+            out = part.store.attend(q.flatten(1, 2), k, v, forward)
+            out_BKGLD.index_copy_(1, heads, out.unflatten(1, (heads.numel(), -1)))
+        return out_BKGLD.flatten(1, 2)
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As if everything were kept: masks tell which of all tokens are padding."""
+        return self._length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self._length = 0
+        for part in self.parts:
+            part.store.keys = part.store.values = None
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return self.keeps_all
+
+    def activate_past_recording(self) -> None:
+        """Assisted generation announces here that it will take tokens back."""
+        if not self.is_croppable:
+            raise InputError("what a streaming head forgot can't be brought back: assisted generation needs cache=full")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last tokens, given as a negative number."""
+        if tokens_to_remove:
+            self.activate_past_recording()
+            self._length -= abs(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times, for as many continuations."""
+        for part in self.parts:
+            if part.store.keys is not None:
+                rows = torch.arange(part.store.keys.shape[0], device=part.store.keys.device)
+                self._select(part.store, rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these rows, in this order."""
+        for part in self.parts:
+            self._select(part.store, indices)
+
+    def _select(self, store: Store, rows: Tensor) -> None:
+        if store.keys is not None and store.values is not None:
+            rows = rows.to(store.keys.device)
+            store.keys, store.values = store.keys[rows], store.values[rows]
+
+
+def require_installed(model: PreTrainedModel) -> None:
+    """InputError unless lctrain's attention is what `model` runs, which alone can ask a cache of this kind."""
+    if not str(model.config.get_text_config()._attn_implementation).startswith("lctrain_"):
+        raise InputError(
+            f"{type(model).__name__} attends by {model.config.get_text_config()._attn_implementation!r}; "
+            "lctrain.model.serve.load, or lctrain.model.install.install, makes it ask this cache"
+        )
+
+
+def require_full_layers(config: Any) -> None:
+    """InputError unless every layer attends to all tokens by itself, without a window or a state."""
+    text = config.get_text_config()
+    windowed = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
+    kinds = getattr(text, "layer_types", None) or [windowed]
+    if others := sorted({kind for kind in kinds if kind != "full_attention"}):
+        raise InputError(f"{text.model_type} has layers of {', '.join(others)}; their heads can't be made to stream")
+    if getattr(text, "attn_logit_softcapping", None):
+        raise InputError(f"{text.model_type} caps attention scores, which streaming heads can't; use cache=full")

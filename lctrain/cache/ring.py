@@ -1,0 +1,172 @@
+"""Sinks and recent tokens, in memory that does not grow.
+
+Shape legend: B batch, H query heads, K key-value heads, L new tokens, S all tokens so far, D head dim, N slots,
+M slots in use and new tokens, R rows of a table: B, or 1 where no row is padded.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function
+
+from lctrain.cache.base import Forward, Store
+from lctrain.cache.rotation import Rotation
+from lctrain.errors import InputError
+from lctrain.kernels.base import Demand
+from lctrain.kernels.few_queries import attend_few
+from lctrain.kernels.mask import Mask
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where a row's tokens are kept: the first `num_sinks` for good, the last `num_recent` in turns."""
+
+    num_sinks: int
+    num_recent: int
+
+    @property
+    def number(self) -> int:
+        return self.num_sinks + self.num_recent
+
+    def of(self, position: Tensor) -> Tensor:
+        """The slot of the token at each position of its row."""
+        return torch.minimum(position, self.num_sinks + (position - self.num_sinks) % self.num_recent)
+
+    def positions(self, num_tokens_R1: Tensor) -> Tensor:
+        """The positions that the slots hold after so many tokens, [R, N]; -1 where nothing is held yet."""
+        slot = torch.arange(self.number, device=num_tokens_R1.device)
+        newest = num_tokens_R1 - 1 - (num_tokens_R1 - 1 - slot) % self.num_recent
+        position = torch.where(slot < self.num_sinks, slot, newest)
+        return torch.where((position >= slot) & (position < num_tokens_R1), position, -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chunk:
+    """What all layers have in common in a forward of several tokens."""
+
+    held: int  # slots in use before
+    slot_RL: Tensor  # where each new token goes
+    shift_RL: Tensor  # how far it is from its sinks in the text, but not in the cache
+    sink_RM: Tensor  # which keys are sinks
+    prepared: Any
+
+
+class Ring(Store):
+    """The sinks and the last tokens of each row, in `slots`; padding is not kept.
+
+    With a `rotation`, positions are those inside the cache, as StreamingLLM has them (arXiv:2309.17453, §3.2): keys
+    stay as the text placed them, and what a query sees of sinks is turned to the distance that remains.
+    """
+
+    def __init__(self, slots: Slots, rotation: Rotation | None) -> None:
+        super().__init__()
+        self._slots = slots
+        self._rotation = rotation
+
+    def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, forward: Forward) -> Tensor:
+        if self.keys is None or self.values is None:
+            shape = (*k_BKLD.shape[:2], self._slots.number + 1, k_BKLD.shape[3])  # one more for what is not kept
+            self.keys, self.values = k_BKLD.new_zeros(shape), v_BKLD.new_zeros(shape)
+        one = q_BHLD.shape[2] == 1 and forward.tokens_BS is None
+        attend = self._attend_one if one else self._attend_chunk
+        return attend(q_BHLD, k_BKLD, v_BKLD, self.keys, self.values, forward)
+
+    def _attend_one(
+        self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, keys_BKND: Tensor, values_BKND: Tensor, forward: Forward
+    ) -> Tensor:
+        """Once it is stored, a token sees all that is there, in whatever order."""
+        slot, held = int(self._slots.of(torch.tensor(forward.start))), min(forward.start + 1, self._slots.number)
+        keys_BKND[:, :, slot : slot + 1], values_BKND[:, :, slot : slot + 1] = k_BKLD, v_BKLD
+        k, v = keys_BKND[:, :, :held], values_BKND[:, :, :held]
+        if self._rotation is not None and forward.start + 1 > held:
+            shift = torch.full((1, 1), forward.start + 1 - held, device=k.device)
+            sinks = self._rotation(k[:, :, : self._slots.num_sinks], shift)
+            k = torch.cat((sinks, k[:, :, self._slots.num_sinks :]), dim=2)
+        return attend_few(q_BHLD, k, v, None, forward.scaling)
+
+    def _attend_chunk(
+        self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, keys_BKND: Tensor, values_BKND: Tensor, forward: Forward
+    ) -> Tensor:
+        """Each token sees its own sinks and window, among what was kept and what is new."""
+        chunk = self._chunk(q_BHLD, k_BKLD, forward)
+        q = q_BHLD
+        k = torch.cat((keys_BKND[:, :, : chunk.held], k_BKLD), dim=2)
+        v = torch.cat((values_BKND[:, :, : chunk.held], v_BKLD), dim=2)
+        if self._rotation is not None:
+            # A query meets sinks at another distance than recent tokens: both its rotations side by side, and in each
+            # key zeros beside the one that is not meant.
+            sink = chunk.sink_RM[:, None, :, None].to(k.dtype)
+            q = torch.cat((q, self._rotation(q, -chunk.shift_RL)), dim=-1)
+            k, v = torch.cat((k * (1 - sink), k * sink), dim=-1), F.pad(v, (0, v.shape[-1]))
+        out = forward.kernel.attend(q, k, v, chunk.prepared, scaling=forward.scaling, softcap=None)
+        slot_BKLD = chunk.slot_RL[:, None, :, None].expand(k_BKLD.shape)
+        keys_BKND.scatter_(2, slot_BKLD, k_BKLD)
+        values_BKND.scatter_(2, slot_BKLD, v_BKLD)
+        return out[..., : v_BKLD.shape[-1]]
+
+    def _chunk(self, q_BHLD: Tensor, k_BKLD: Tensor, forward: Forward) -> _Chunk:
+        key = self._slots, self._rotation is None
+        if key not in forward.shared:
+            forward.shared[key] = self._make_chunk(q_BHLD, k_BKLD, forward)
+        chunk: _Chunk = forward.shared[key]
+        return chunk
+
+    def _make_chunk(self, q_BHLD: Tensor, k_BKLD: Tensor, forward: Forward) -> _Chunk:
+        slots, start, stop = self._slots, forward.start, forward.start + q_BHLD.shape[2]
+        padded = forward.tokens_BS is not None
+        tokens_RS = torch.ones(1, stop, dtype=torch.bool, device=q_BHLD.device)
+        tokens_RS = tokens_RS if forward.tokens_BS is None else forward.tokens_BS
+        position_RS = (tokens_RS.cumsum(1) - 1).clamp(min=0)
+        new_RL, is_token_RL = position_RS[:, start:], tokens_RS[:, start:]
+        held = slots.number if padded and start else min(start, slots.number)
+        held_RN = slots.positions(tokens_RS[:, :start].sum(1, keepdim=True))[:, :held]
+        kv_RM = torch.cat((held_RN, new_RL), dim=1)
+        real_RM = torch.cat((held_RN >= 0, is_token_RL), dim=1)
+        stays = (new_RL < slots.num_sinks) | (new_RL > position_RS[:, -1:] - slots.num_recent)
+        return _Chunk(
+            held=held,
+            slot_RL=torch.where(stays & is_token_RL, slots.of(new_RL), slots.number),
+            shift_RL=(new_RL - (slots.number - 1)).clamp(min=0),
+            sink_RM=real_RM & (kv_RM < slots.num_sinks),
+            prepared=self._prepare(q_BHLD, k_BKLD, new_RL, kv_RM, (is_token_RL, real_RM) if padded else None, forward),
+        )
+
+    def _prepare(
+        self,
+        q_BHLD: Tensor,
+        k_BKLD: Tensor,
+        q_RL: Tensor,
+        kv_RM: Tensor,
+        real: tuple[Tensor, Tensor] | None,
+        forward: Forward,
+    ) -> Any:
+        """What the kernel makes of the pattern over these positions."""
+        demand = Demand(
+            device_type=q_BHLD.device.type,
+            dtype=q_BHLD.dtype,
+            head_dim=q_BHLD.shape[-1] * (1 if self._rotation is None else 2),
+            softcap=None,
+        )
+        if reason := forward.kernel.refusal(demand):
+            raise InputError(f"positions of the cache double the head dimension, and the kernel {reason}")
+        sinks, recent = self._slots.num_sinks, self._slots.num_recent
+        return forward.kernel.prepare(
+            Mask(
+                q_length=q_RL.shape[1],
+                kv_length=kv_RM.shape[1],
+                num_heads=1,
+                num_key_value_groups=q_BHLD.shape[1] // k_BKLD.shape[1],
+                head_dim=demand.head_dim,
+                device=q_BHLD.device,
+                dtype=q_BHLD.dtype,
+                allowed=causal_mask_function,  # what is held lies before what is new
+                visible=lambda b, h, q_pos, kv_pos: (kv_pos < sinks) | (q_pos - kv_pos < recent),
+                q_offset=kv_RM.shape[1] - q_RL.shape[1],
+                positions=(q_RL.int(), kv_RM.int()),
+                # A padding query sees padding, so that no row of its softmax is empty: that is a document of its own.
+                documents=real and (real[0].int(), real[1].int()),
+            )
+        )

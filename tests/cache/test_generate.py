@@ -1,0 +1,97 @@
+"""transformers' generate through every policy, against generation without a cache under the pattern."""
+
+import pytest
+import torch
+
+from lctrain.errors import InputError
+
+LENGTH, NEW = 23, 8
+HOW = {
+    "greedy": {},
+    "chunks": {"prefill_chunk_size": 4},
+    "sampling": {"do_sample": True, "temperature": 0.8, "num_return_sequences": 2},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+}
+EACH_POLICY = pytest.mark.parametrize("policy", ["full", "streaming", "duo"])
+
+
+def generate(model, tokens, mask, **how):
+    torch.manual_seed(0)
+    how = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 2} | how
+    return model.generate(tokens, attention_mask=mask, eos_token_id=None, **how)
+
+
+def padded(tokens):
+    mask = torch.ones_like(tokens)
+    mask[0, :9] = 0
+    return mask
+
+
+@EACH_POLICY
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("mask_of", [torch.ones_like, padded])
+def test_generates_as_without_a_cache(serving, naive, ids, policy, how, mask_of):
+    tokens = ids(2, LENGTH)
+    model, policy_ = serving(policy)
+    found = generate(model, tokens, mask_of(tokens), past_key_values=policy_.new(model), **HOW[how])
+    without = {name: value for name, value in HOW[how].items() if name != "prefill_chunk_size"}
+    assert torch.equal(found, generate(naive(policy), tokens, mask_of(tokens), use_cache=False, **without))
+
+
+@EACH_POLICY
+def test_several_continuations_of_one_prefill(serving, naive, ids, policy):
+    tokens = ids(2, LENGTH)
+    model, policy_ = serving(policy)
+    cache = policy_.new(model)
+    with torch.no_grad():
+        model(tokens[:, :-1], past_key_values=cache)
+    cache.batch_repeat_interleave(3)
+    found = generate(model, tokens, torch.ones_like(tokens), past_key_values=cache, num_beams=3)
+    assert torch.equal(found, generate(naive(policy), tokens, torch.ones_like(tokens), use_cache=False, num_beams=3))
+
+
+@EACH_POLICY
+def test_rows_can_be_dropped(serving, naive, ids, policy):
+    tokens = ids(3, LENGTH)
+    model, policy_ = serving(policy)
+    cache = policy_.new(model)
+    with torch.no_grad():
+        model(tokens[:, :-1], past_key_values=cache)
+    cache.batch_select_indices(torch.tensor([2]))
+    found = generate(model, tokens[2:], None, past_key_values=cache)
+    assert torch.equal(found, generate(naive(policy), tokens[2:], None, use_cache=False))
+
+
+@EACH_POLICY
+def test_a_cache_that_was_reset_is_new(serving, ids, policy):
+    model, policy_ = serving(policy)
+    cache = policy_.new(model)
+    first, second = (
+        generate(model, ids(2, LENGTH, seed), None, past_key_values=cache) for seed in (1, 2) if not cache.reset()
+    )
+    assert torch.equal(second, generate(model, ids(2, LENGTH, 2), None, past_key_values=policy_.new(model)))
+    assert not torch.equal(first[:, LENGTH:], second[:, LENGTH:])
+
+
+@EACH_POLICY
+def test_another_number_of_rows_is_refused(serving, ids, policy):
+    model, policy_ = serving(policy)
+    cache = policy_.new(model)
+    model(ids(2, 5), past_key_values=cache)
+    with pytest.raises(InputError, match="the cache holds 2 rows, not 3; for several continuations of each, call"):
+        model(ids(3, 1), past_key_values=cache)
+
+
+def test_assisted_generation_takes_tokens_back_from_a_full_cache(serving, ids):
+    model, policy = serving("full")
+    tokens = ids(1, 6).repeat(1, 4)
+    plain = generate(model, tokens, None, past_key_values=policy.new(model))
+    assisted = generate(model, tokens, None, past_key_values=policy.new(model), prompt_lookup_num_tokens=3)
+    assert torch.equal(assisted, plain)
+
+
+@pytest.mark.parametrize("policy", ["streaming", "duo"])
+def test_assisted_generation_is_refused_where_tokens_are_forgotten(serving, ids, policy):
+    model, policy_ = serving(policy)
+    with pytest.raises(InputError, match="can't be brought back: assisted generation needs cache=full"):
+        generate(model, ids(1, 12), None, past_key_values=policy_.new(model), prompt_lookup_num_tokens=3)
