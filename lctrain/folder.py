@@ -7,7 +7,9 @@ import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from omegaconf import OmegaConf
 
 from lctrain.errors import InputError
 
@@ -16,7 +18,7 @@ log = logging.getLogger(__name__)
 CHECKPOINTS = "step-*.ckpt"
 STATE_FILE = "state.pt"
 RANK_FILE = "rank-{rank:05d}-of-{world_size:05d}.pt"
-TRACES = ("config.yaml", "metrics.jsonl", "report.json")  # of a run that left no checkpoint
+TRACES = ("config.yaml", "metrics.jsonl", "cells.jsonl", "report.json")  # of a run that left no checkpoint
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 
 
@@ -68,6 +70,22 @@ class RunFolder:
         """Whole or not."""
         return sorted(self.checkpoints.glob(CHECKPOINTS))
 
+    def check_settings(self, settings: str, resume: str, free: tuple[str, ...]) -> None:
+        """What goes on must compute what was begun: InputError where YAML `settings` differ from those of config.yaml,
+        unless their name begins with one of `free`."""
+        if resume == "never" or not self.config.exists():
+            return
+        before, now = (
+            _flat(OmegaConf.to_container(c)) for c in (OmegaConf.load(self.config), OmegaConf.create(settings))
+        )
+        # The shallowest first: rope.factor says more than model.rope.factor.
+        for key in sorted(before.keys() | now.keys(), key=lambda key: (key.count("."), key)):
+            if not key.startswith(free) and before.get(key) != now.get(key):
+                raise InputError(
+                    f"resume={resume}: {key} was {before.get(key)} when {self.path} began and is {now.get(key)} now; "
+                    "keep it, or start another run_dir"
+                )
+
     def acquire(self) -> None:
         """Create the folder and hold it; InputError while another process does."""
         try:
@@ -81,6 +99,12 @@ class RunFolder:
             lock.close()
             raise InputError(f"another process is running in {self.path}; choose another run_dir") from error
         self._lock = lock  # held until this process ends, however it ends
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for key, child in node.items() for k, v in _flat(child, f"{prefix}.{key}" if prefix else key).items()}
 
 
 def is_first_process() -> bool:
@@ -127,8 +151,15 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return found
 
 
-def read_history(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; a line cut off by a crash is left out."""
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines; a line cut off by a crash is left out."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Replace a file as a whole."""
+    aside = path.with_suffix(".partial")
+    aside.write_text(text)
+    aside.replace(path)

@@ -24,9 +24,9 @@ def check_evaluation(cfg: DictConfig, job: Job) -> Iterator[str]:
     recipe = instantiate(cfg.model, _convert_="all")
     recipe.check([cfg.sequence_length], "cpu" if job.gpus_per_node == 0 else "cuda")
     yield f"model   {check_model(cfg, job)}"
-    documents = instantiate(cfg.datamodule, tokenizer=recipe.tokenizer, _convert_="all").heldout_documents()
-    check_tasks(cfg, recipe.config(), documents)
-    yield f"data    {len(documents):,} held-out documents, tokens in {cfg.datamodule.cache_dir}"
+    datamodule = instantiate(cfg.datamodule, tokenizer=recipe.tokenizer, _convert_="all")
+    check_tasks(cfg, recipe.config(), datamodule)
+    yield f"data    {len(datamodule.unseen_documents):,} held-out documents, tokens in {cfg.datamodule.cache_dir}"
 
 
 def check_training(cfg: DictConfig, job: Job) -> Iterator[str]:
@@ -146,5 +146,5 @@ def check_data(cfg: DictConfig, recipe: Any) -> str:
     )
     datamodule.setup("fit")
     if cfg.evaluation:
-        check_tasks(cfg, recipe.config(), datamodule.heldout_documents())
+        check_tasks(cfg, recipe.config(), datamodule)
     return f"{len(datamodule.train_documents):,} documents to train on, tokens in {cfg.datamodule.cache_dir}"

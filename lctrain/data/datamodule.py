@@ -103,6 +103,10 @@ class LongContextData(lightning.LightningDataModule):
         """Every held-out source's tokens, in an order that is the same on every machine."""
         return [self.table.tokens(document) for document in self.unseen_documents]
 
+    def documents(self) -> list[npt.NDArray[np.int32]]:
+        """Every source's tokens, trained on or not, in the same order."""
+        return [self.table.tokens(document) for document in np.unique(self.table.source_hash, return_index=True)[1]]
+
     def step_batches(self, step: int) -> list[Batch]:
         """This rank's part of its micro-batches of an optimizer step."""
         length = self.packer.length_at(step)

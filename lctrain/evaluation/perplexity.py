@@ -1,4 +1,4 @@
-"""Perplexity of held-out text by context length and by position. Shapes: B rows, L tokens, N = B * L, D hidden."""
+"""Perplexity of held-out text by context length and by position. Shapes: B rows, L tokens."""
 
 import math
 from collections import Counter
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lctrain.errors import InputError
-from lctrain.evaluation.base import Advance, Result, Task, Tokens
-from lctrain.model.head import check_head, hidden_states, token_losses
+from lctrain.evaluation.base import Advance, Once, Result, Task, Tokens
+from lctrain.evaluation.reader import Reader
+from lctrain.model.head import check_head
 
 Sums = NDArray[np.float64]
 
@@ -46,7 +46,7 @@ class Perplexity(Task):
     def num_units_at(self, length: int) -> float:
         return self.num_tokens * length / (self.stride or length)
 
-    def check(self, documents: Sequence[Tokens]) -> None:
+    def check(self, documents: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase) -> None:
         longest = self.context_lengths[-1]
         available = max(map(len, documents), default=0)
         if available <= longest:
@@ -63,43 +63,44 @@ class Perplexity(Task):
         return [documents[doc][: n * longest + 1] for doc, n in sorted(num_spans.items())]
 
     @torch.inference_mode()
-    def run(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        documents: Sequence[Tokens],
-        advance: Advance,
-    ) -> Result:
-        self.check(documents)
+    def run(self, reader: Reader, documents: Sequence[Tokens], once: Once, advance: Advance) -> Result:
+        self.check(documents, reader.tokenizer)
         texts = self.texts(documents)
-        check_head(model)
-        scores = {length: self.score(model, texts, length, advance) for length in self.context_lengths}
-        nll = {str(length): sums.sum() / counts.sum() for length, (sums, counts) in scores.items()}
+        check_head(reader.model)
+
+        def scored(length: int) -> Result:
+            measured: Result = once(
+                (length,), self.num_units_at(length), lambda: self.score(reader, texts, length, advance)
+            )
+            return measured
+
+        scores = {length: scored(length) for length in self.context_lengths}
+        nll = {str(length): score["nll"] / score["num_tokens"] for length, score in scores.items()}
         num_tokens = sum(len(text) - 1 for text in texts)
-        num_bytes = sum(len(text.encode()) for text in tokenizer.batch_decode([text[1:].tolist() for text in texts]))
+        decoded = reader.tokenizer.batch_decode([text[1:].tolist() for text in texts])
+        num_bytes = sum(len(text.encode()) for text in decoded)
         return {
             "by_length": {length: math.exp(mean) for length, mean in nll.items()},
             "bits_per_byte": {length: mean / math.log(2) * num_tokens / num_bytes for length, mean in nll.items()},
-            "by_position": self.by_position(*scores[self.context_lengths[-1]]),
+            "by_position": scores[self.context_lengths[-1]]["by_position"],
             "num_tokens": num_tokens,
             "num_documents": len(texts),
         }
 
-    def score(
-        self, model: PreTrainedModel, texts: Sequence[Tokens], length: int, advance: Advance
-    ) -> tuple[Sums, Sums]:
-        """Sum of the scored tokens' negative log-likelihoods, and their number, at each position of the window [L]."""
+    def score(self, reader: Reader, texts: Sequence[Tokens], length: int, advance: Advance) -> Result:
+        """Negative log-likelihood of the scored tokens, their number, and both by position where there is a bucket."""
         jobs = [(text, *window) for text in texts for window in windows(len(text) - 1, length, self.stride or length)]
         sums, counts = np.zeros(length), np.zeros(length)
         for i in range(0, len(jobs), self.rows(length)):
             batch = jobs[i : i + self.rows(length)]
             ids = np.stack([text[start : start + length + 1] for text, start, _ in batch])
-            losses_BL = window_losses(model, to_device(ids, model)).cpu().double().numpy()
+            losses_BL = reader.losses(ids.astype(np.int64)).cpu().double().numpy()
             scored_BL = np.arange(length) >= np.array([[first] for _, _, first in batch])
             sums += (losses_BL * scored_BL).sum(0)
             counts += scored_BL.sum(0)
             advance(f"perplexity at {length:,}", self.num_units_at(length) * len(batch) / len(jobs))
-        return sums, counts
+        by_position = self.by_position(sums, counts) if length == self.context_lengths[-1] else None
+        return {"nll": sums.sum(), "num_tokens": counts.sum(), "by_position": by_position}
 
     def by_position(self, sums: Sums, counts: Sums) -> Result:
         """Perplexity of each range [start, end) of positions; a token at position p is predicted from p + 1 tokens."""
@@ -117,15 +118,3 @@ def windows(num_tokens: int, length: int, stride: int) -> list[tuple[int, int]]:
     """(start, first position scored) of each window; the last one ends with the text, so it may advance by less."""
     ends = [*range(length, num_tokens, stride), num_tokens]
     return [(end - length, length - (end - before)) for before, end in zip([0, *ends], ends, strict=False)]
-
-
-def to_device(ids: Tokens, model: PreTrainedModel) -> Tensor:
-    """Token ids as the model takes them."""
-    return torch.from_numpy(ids.astype(np.int64)).to(model.device)
-
-
-def window_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Negative log-likelihood in fp32 [B, L] of each token of `ids` [B, L + 1] but the first."""
-    inputs_BL, labels_BL = ids[:, :-1], ids[:, 1:]
-    position_ids = torch.arange(inputs_BL.shape[1], device=ids.device).expand_as(inputs_BL)
-    return token_losses(model, hidden_states(model, inputs_BL, position_ids), labels_BL)[1].view(labels_BL.shape)

@@ -1,7 +1,8 @@
 """Run the configured tasks on one model behind one progress bar, or on several to compare them."""
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,18 +12,22 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 
 from lctrain.attention.base import Attention
-from lctrain.config import public
+from lctrain.config import dump, public
 from lctrain.errors import InputError
-from lctrain.evaluation.base import Result, Task, Tokens
+from lctrain.evaluation.base import Result, Task, Texts, Tokens
+from lctrain.evaluation.journal import Journal
+from lctrain.evaluation.reader import Reader
 from lctrain.evaluation.report import log_media, table, write_report
-from lctrain.folder import RunFolder
+from lctrain.folder import TRACES, RunFolder, write_aside
 from lctrain.memory.savings import NOTHING
 from lctrain.model.recipe import ModelRecipe, PretrainedModel
 from lctrain.model.tuning import Frozen
 from lctrain.rope.none import NoScaling
+
+ELSEWHERE = ("run_dir", "resume", "logger")  # settings that say nothing of what is measured
 
 
 class Training(Protocol):
@@ -41,22 +46,39 @@ class Training(Protocol):
 def main(cfg: DictConfig) -> None:
     """`lctrain evaluate`. Raises InputError before anything is written."""
     folder = RunFolder(cfg.run_dir)
-    if (folder.path / "report.json").exists():
-        raise InputError(f"{folder.path} already holds a report; choose another run_dir")
+    begin(cfg, folder)
     recipe = instantiate(cfg.model, _convert_="all")
     recipe.check([cfg.sequence_length], _device())
-    check(cfg, recipe.config(), _documents(cfg, recipe))
+    check(cfg, recipe.config(), _data(cfg, recipe))
+    with journal(cfg, folder) as cells:
+        loggers = [instantiate(cfg.logger, _convert_="all")] if cfg.logger else []
+        report(cfg, {"model": recipe}, loggers, cells)
+
+
+def begin(cfg: DictConfig, folder: RunFolder) -> None:
+    """Raise InputError where run_dir holds something that this evaluation does not go on with."""
+    if cfg.resume not in ("never", "auto"):
+        raise InputError(f"resume={cfg.resume} is neither never nor auto: an evaluation goes on in its own run_dir")
+    if cfg.resume == "never" and any((folder.path / name).exists() for name in TRACES):
+        raise InputError(
+            f"{folder.path} already holds a run; add resume=auto to go on with an evaluation, or choose another run_dir"
+        )
+    folder.check_settings(dump(cfg), cfg.resume, ELSEWHERE)
+
+
+def journal(cfg: DictConfig, folder: RunFolder) -> Journal:
+    """Hold the folder and write the settings down; what was measured in it before is remembered."""
     folder.acquire()
-    loggers = [instantiate(cfg.logger, _convert_="all")] if cfg.logger else []
-    report(cfg, {"model": recipe}, loggers=loggers)
+    write_aside(folder.config, dump(cfg))
+    return Journal(folder.path / "cells.jsonl")
 
 
-def check(cfg: DictConfig, config: PreTrainedConfig, documents: Sequence[Tokens]) -> None:
-    """Raise InputError if the evaluation that `cfg` asks for can't be done on these documents: cheap."""
+def check(cfg: DictConfig, config: PreTrainedConfig, data: Texts) -> None:
+    """Raise InputError if the evaluation that `cfg` asks for can't be done on this data: cheap."""
     tasks: dict[str, Task] = instantiate(cfg.evaluation, _convert_="all")
     method: Attention = instantiate(cfg.evaluation_attention, _convert_="all")
     for name, task in tasks.items():
-        task.check(documents)
+        task.check(documents(task, data), data.tokenizer)
         method.check(config.get_text_config(), list(task.context_lengths))
         if task.generates and not method.can_decode():
             raise InputError(f"{method} can't decode, as evaluation.{name} does; evaluate another pattern")
@@ -65,19 +87,23 @@ def check(cfg: DictConfig, config: PreTrainedConfig, documents: Sequence[Tokens]
 def report_training(cfg: DictConfig, folders: Mapping[str, str], training: Training) -> None:
     """Measure the models in `folders`, label → path, as plain transformers loads them, for the run's report."""
     told = {"steps": training.steps, "tokens_per_second": training.tokens_per_second, "history": training.history}
-    report(cfg, {label: _plain(cfg, path) for label, path in folders.items()}, training.loggers, **told)
+    recipes = {label: _plain(cfg, path) for label, path in folders.items()}
+    report(cfg, recipes, training.loggers, Journal(), **told)
 
 
-def report(cfg: DictConfig, recipes: Mapping[str, ModelRecipe], loggers: Sequence[Logger], **told: Any) -> None:
-    """Measure each model on the config's held-out documents, alike; write, show and log what came out."""
+def report(
+    cfg: DictConfig, recipes: Mapping[str, ModelRecipe], loggers: Sequence[Logger], cells: Journal, **told: Any
+) -> None:
+    """Measure each model on the config's data, alike; write, show and log what came out."""
     tasks = instantiate(cfg.evaluation, _convert_="all")
     results = {}
     for label, recipe in recipes.items():
-        model: Any = recipe.build(_device()).eval()
-        results[label] = evaluate(model, recipe.tokenizer, _documents(cfg, recipe), tasks, label=label)
-        del model
+        reader = _reader(cfg, recipe)
+        results[label] = evaluate(reader, _data(cfg, recipe), tasks, cells, label=label)
+        del reader
         gc.collect()
-    write_report(Path(cfg.run_dir), results, config=public(cfg), **told)
+    settings = {name: value for name, value in public(cfg).items() if name not in ELSEWHERE}
+    write_report(Path(cfg.run_dir), results, config=settings, **told)
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             log_media(logger.experiment, Path(cfg.run_dir), results)
@@ -89,10 +115,14 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _documents(cfg: DictConfig, recipe: ModelRecipe) -> list[Tokens]:
-    datamodule = instantiate(cfg.datamodule, tokenizer=recipe.tokenizer, _convert_="all")
-    documents: list[Tokens] = datamodule.heldout_documents()
-    return documents
+def _data(cfg: DictConfig, recipe: ModelRecipe) -> Texts:
+    data: Texts = instantiate(cfg.datamodule, tokenizer=recipe.tokenizer, _convert_="all")
+    return data
+
+
+def _reader(cfg: DictConfig, recipe: ModelRecipe) -> Reader:
+    model: Any = recipe.build(_device()).eval()
+    return Reader(model=model, tokenizer=recipe.tokenizer)
 
 
 def _plain(cfg: DictConfig, path: str) -> PretrainedModel:
@@ -114,23 +144,41 @@ def _plain(cfg: DictConfig, path: str) -> PretrainedModel:
     )
 
 
+def documents(task: Task, data: Texts) -> Sequence[Tokens]:
+    """What a task reads."""
+    return data.heldout_documents() if task.reads_heldout else data.documents()
+
+
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[Tokens],
+    reader: Reader,
+    data: Texts,
     tasks: Mapping[str, Task],
+    cells: Journal,
     *,
     label: str = "evaluate",
     progress: bool = True,
 ) -> dict[str, Result]:
-    """Each task's result under its name in `tasks`. `label` opens the bar; every task is checked before any runs."""
+    """Each task's result under its name in `tasks`; cells that the journal has under `label` are not measured again.
+
+    `label` opens the bar, which counts what is left. Every task is checked before any runs.
+    """
     for task in tasks.values():
-        task.check(documents)
+        task.check(documents(task, data), reader.tokenizer)
     text = TextColumn("{task.description}")
     with Progress(text, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), disable=not progress) as bar:
-        line = bar.add_task(label, total=sum(task.num_units() for task in tasks.values()))
+        left = sum(task.num_units() for task in tasks.values())
+        line = bar.add_task(label, total=left)
 
         def advance(doing: str, num_units: float) -> None:
             bar.update(line, description=f"{label}: {doing}", advance=num_units)
 
-        return {name: task.run(model, tokenizer, documents, advance) for name, task in tasks.items()}
+        def once(name: str, cell: tuple[int | float, ...], num_units: float, measure: Callable[[], Any]) -> Any:
+            nonlocal left
+            if (label, name, *cell) in cells:
+                left -= num_units
+                bar.update(line, total=left)
+            return cells.once((label, name, *cell), measure)
+
+        return {
+            name: task.run(reader, documents(task, data), partial(once, name), advance) for name, task in tasks.items()
+        }

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lctrain.errors import RunError
-from lctrain.folder import read_history
+from lctrain.folder import read_history, write_aside
 from lctrain.plan.flops import device_peak_flops, training_flops
 from lctrain.training.checkpoint import Checkpoint
 from lctrain.training.strategy import ShardedCheckpoints
@@ -130,13 +130,6 @@ class Metrics(Callback):
     def tokens_per_second(self) -> float:
         """The median over this process's steps, so that the first one and pauses don't count; 0 without any."""
         return statistics.median(self._rates) if self._rates else 0.0
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Replace a file as a whole."""
-    aside = path.with_suffix(".partial")
-    aside.write_text(text)
-    aside.replace(path)
 
 
 def peak_memory_gib() -> float:

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import lightning
 import torch
@@ -13,19 +13,19 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lctrain.checkpoint import read_state
 from lctrain.config import dump, public
 from lctrain.data.datamodule import LongContextData
 from lctrain.errors import InputError, RunError
 from lctrain.evaluation.run import check as check_evaluation
-from lctrain.folder import RunFolder, read_history
+from lctrain.folder import RunFolder, read_history, write_aside
 from lctrain.model.recipe import ModelRecipe
 from lctrain.plan.run import resolve
 from lctrain.rope.none import NoScaling
 from lctrain.training.gates import Gates
-from lctrain.training.metrics import Metrics, write_aside
+from lctrain.training.metrics import Metrics
 from lctrain.training.strategy import ShardedCheckpoints, ZeRO
 from lctrain.training.watchdog import Watchdog
 
@@ -58,7 +58,7 @@ def train(cfg: DictConfig) -> Trained:
     """
     folder = RunFolder(cfg.run_dir)
     folder.resume_from(cfg.resume)
-    _check_resume(cfg, folder)
+    folder.check_settings(dump(cfg), cfg.resume, FREE_TO_CHANGE)
     if cfg.trainer.max_steps < 1:
         raise InputError(f"trainer.max_steps={cfg.trainer.max_steps} must be at least 1")
     if str(cfg.trainer.precision) not in ("32-true", "bf16-mixed", "32"):
@@ -85,7 +85,7 @@ def train(cfg: DictConfig) -> Trained:
     datamodule.prepare_data()
     datamodule.setup("fit")
     if cfg.evaluation:  # refused now, not after the last step
-        check_evaluation(cfg, module.recipe.config(), datamodule.heldout_documents())
+        check_evaluation(cfg, module.recipe.config(), datamodule)
     if trainer.is_global_zero:
         folder.acquire()
     checkpoint = folder.resume_from(cfg.resume)  # again: until here another process may have written one
@@ -172,25 +172,3 @@ def _loggers(cfg: DictConfig) -> list[Logger]:
     logger: Logger = instantiate(cfg.logger, _convert_="all")
     logger.log_hyperparams(public(cfg))
     return [logger]
-
-
-def _check_resume(cfg: DictConfig, folder: RunFolder) -> None:
-    """A continued run must compute what the first one would have."""
-    if cfg.resume == "never" or not folder.config.exists():
-        return
-    before, now = (
-        _flat(OmegaConf.to_container(c)) for c in (OmegaConf.load(folder.config), OmegaConf.create(dump(cfg)))
-    )
-    # The shallowest first: rope.factor says more than model.rope.factor.
-    for key in sorted(before.keys() | now.keys(), key=lambda key: (key.count("."), key)):
-        if not key.startswith(FREE_TO_CHANGE) and before.get(key) != now.get(key):
-            raise InputError(
-                f"resume={cfg.resume}: {key} was {before.get(key)} when {folder.path} began and is {now.get(key)} now; "
-                "keep it, or start another run_dir from the checkpoint's path"
-            )
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
-        return {prefix: node}
-    return {k: v for key, child in node.items() for k, v in _flat(child, f"{prefix}.{key}" if prefix else key).items()}

@@ -1,14 +1,12 @@
-"""Recall documents and prompts: exact sizes, the evaluation's wording, and nothing but the seed decides."""
+"""Recall documents: exact sizes, the evaluation's wording, and nothing but the seed decides."""
 
 import re
 from collections.abc import Callable
 
-import numpy as np
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from lctrain.data.corpus import Corpus
-from lctrain.data.passkey import PASS_KEY, PasskeyCorpus, needle, passkey_prompt, question
+from lctrain.data.passkey import PASS_KEY, PasskeyCorpus
 from lctrain.errors import InputError
 
 Build = Callable[..., PasskeyCorpus]
@@ -30,7 +28,7 @@ def test_every_question_is_answered_once_in_the_text(build: Build) -> None:
         hidden = re.findall(r"\nThe (.+) is (\d{5})\. Remember it\. \2 is the \1\.\n", document.text)
         assert 1 <= len(asked) <= 3
         assert sorted(asked) == sorted(hidden)
-    assert any(question(PASS_KEY) in document.text for document in documents)
+    assert any(PASS_KEY in document.text for document in documents)
     assert len({document.text for document in documents}) == 40
 
 
@@ -60,34 +58,3 @@ def test_settings_that_cannot_work_are_refused(build: Build, changes: dict[str, 
 def test_haystack_without_long_documents_is_refused(build: Build) -> None:
     with pytest.raises(InputError, match="min_characters=5000"):
         list(build(min_characters=5000, max_characters=9000).documents())
-
-
-@pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("num_tokens", [120, 333])
-def test_prompt_has_exactly_the_tokens_asked_for(
-    tokenizer: PreTrainedTokenizerFast, num_tokens: int, depth: float
-) -> None:
-    text = tokenizer.encode("<s>" + "hay " * 100 + "</s>", add_special_tokens=False)
-    prompt, answer = passkey_prompt(
-        tokenizer,
-        np.asarray(text, dtype=np.int32),
-        num_tokens=num_tokens,
-        depth=depth,
-        num_digits=5,
-        rng=np.random.default_rng(0),
-    )
-    decoded = tokenizer.decode(prompt)
-    assert len(prompt) == num_tokens
-    assert decoded.startswith("<s>")
-    assert decoded.endswith(question(PASS_KEY))
-    assert "</s>" not in decoded
-    before, after = decoded.removeprefix("<s>").removesuffix(question(PASS_KEY)).split(needle(PASS_KEY, answer))
-    assert len(before) == pytest.approx(depth * (len(before) + len(after)), abs=0.5)
-
-
-def test_prompt_without_room_or_text_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    haystack, rng = np.full(50, 70, dtype=np.int32), np.random.default_rng(0)
-    with pytest.raises(InputError, match="without any text"):
-        passkey_prompt(tokenizer, haystack, num_tokens=20, depth=0.5, num_digits=5, rng=rng)
-    with pytest.raises(InputError, match="tokens of text, got 50"):
-        passkey_prompt(tokenizer, haystack, num_tokens=500, depth=0.5, num_digits=5, rng=rng)

@@ -1,10 +1,14 @@
 """A tokenizer of single bytes, a random Llama of its size, and held-out documents, all in memory."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lctrain.evaluation.reader import Reader
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +35,56 @@ def documents(tokenizer):
     """Of 40, 300, 61, 130 and 700 tokens, the first and the last of each special."""
     random = np.random.default_rng(0)
     return [np.array([0, *random.integers(34, 90, n - 2), 1], np.int32) for n in (40, 300, 61, 130, 700)]
+
+
+@pytest.fixture
+def data(tokenizer, documents):
+    """Those documents held out, and two more."""
+    more = [np.full(90, 40 + i, np.int32) for i in range(2)]
+    return SimpleNamespace(
+        tokenizer=tokenizer, heldout_documents=lambda: documents, documents=lambda: [*documents, *more]
+    )
+
+
+@pytest.fixture
+def reader(model, tokenizer):
+    return Reader(model=model, tokenizer=tokenizer)
+
+
+@pytest.fixture
+def measure(reader):
+    """Runs a task from its first cell: the model's own, or that of another reader."""
+
+    def run(task, documents, by=None, advance=lambda *_: None):
+        return task.run(by or reader, documents, lambda cell, num_units, measure: measure(), advance)
+
+    return run
+
+
+class Stub:
+    """Answers every prompt with `reply(prompt text)` and keeps what it was asked."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, tokenizer, reply):
+        self.tokenizer, self.reply, self.prompts = tokenizer, reply, []
+
+    def generate(self, input_ids, attention_mask, generation_config):
+        texts = self.tokenizer.batch_decode(input_ids)
+        self.prompts += [(len(ids), text) for ids, text in zip(input_ids, texts, strict=True)]
+        room = generation_config.max_new_tokens
+        replies = [self.tokenizer.encode(self.reply(text).ljust(room)[:room]) for text in texts]
+        return torch.cat([input_ids, torch.tensor(replies)], dim=1)
+
+
+@pytest.fixture
+def ask(tokenizer, documents, measure):
+    """Runs a task on a model that answers `reply(prompt)`; gives the result and the prompts with their lengths."""
+
+    def run(task, reply, texts=None, tokenizer=tokenizer):
+        stub = Stub(tokenizer, reply)
+        return measure(
+            task, documents if texts is None else texts, Reader(model=stub, tokenizer=tokenizer)
+        ), stub.prompts
+
+    return run

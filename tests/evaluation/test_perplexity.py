@@ -7,14 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GemmaConfig, GraniteConfig, MistralConfig, Qwen3Config
 
 from lctrain.errors import InputError
-from lctrain.evaluation.perplexity import Perplexity, window_losses, windows
+from lctrain.evaluation.perplexity import Perplexity, windows
+from lctrain.evaluation.reader import Reader
 from lctrain.kernels import linear_cross_entropy
 
-TASK = Perplexity(lengths=[16, 48, 64], sequence_length=64, num_tokens=384, stride=None, num_buckets=5)
-
-
-def ignore(*_):
-    pass
+TASK = Perplexity(
+    lengths=[16, 48, 64], sequence_length=64, batch_tokens=None, num_tokens=384, stride=None, num_buckets=5
+)
 
 
 @torch.inference_mode()
@@ -31,9 +30,9 @@ def naive(model, text, length, stride):
 
 
 @pytest.mark.parametrize("stride", [None, 5, 16])
-def test_equals_a_naive_loop(model, tokenizer, documents, stride):
+def test_equals_a_naive_loop(model, measure, documents, stride):
     task = replace(TASK, stride=stride)
-    result = task.run(model, tokenizer, documents, ignore)
+    result = measure(task, documents)
     for length in TASK.lengths:
         losses = [loss for text in task.texts(documents) for loss in naive(model, text, length, stride or length)]
         assert len(losses) == result["num_tokens"] == 384
@@ -54,38 +53,41 @@ def test_text_is_shared_among_the_long_documents(documents):
 
 
 @pytest.mark.parametrize("stride", [None, 16])
-def test_positions_average_back_to_the_whole(model, tokenizer, documents, stride):
-    result = replace(TASK, stride=stride).run(model, tokenizer, documents, ignore)
+def test_positions_average_back_to_the_whole(measure, documents, stride):
+    result = measure(replace(TASK, stride=stride), documents)
     ranges = result["by_position"]
     assert (ranges["start"][0], ranges["end"][-1], sum(ranges["num_tokens"])) == (0, 64, result["num_tokens"])
     mean = np.average(np.log(ranges["perplexity"]), weights=ranges["num_tokens"])
     assert math.exp(mean) == pytest.approx(result["by_length"]["64"])
 
 
-def test_bits_per_byte_of_a_byte_tokenizer_are_bits_per_token(model, tokenizer, documents):
+def test_bits_per_byte_of_a_byte_tokenizer_are_bits_per_token(measure, documents):
     task = replace(TASK, num_tokens=64)
-    result = task.run(model, tokenizer, documents, ignore)
+    result = measure(task, documents)
     assert result["bits_per_byte"]["16"] == pytest.approx(math.log2(result["by_length"]["16"]))
 
 
-def test_tiles_change_nothing(model, documents, monkeypatch):
-    ids = torch.from_numpy(documents[1][:129].astype(np.int64))[None]
-    whole = window_losses(model, ids)
+def test_tiles_change_nothing(model, reader, documents, monkeypatch):
+    ids = documents[1][:129].astype(np.int64)[None]
+    whole = reader.losses(ids)
     monkeypatch.setattr(linear_cross_entropy, "MAX_LOGITS", 7 * model.config.vocab_size)
-    torch.testing.assert_close(window_losses(model, ids), whole)
+    torch.testing.assert_close(reader.losses(ids), whole)
 
 
 @pytest.mark.parametrize("config", [Gemma2Config, GemmaConfig, MistralConfig, Qwen3Config])
-def test_other_models(config, tokenizer, documents):
+def test_other_models(config, tokenizer, measure, documents):
     model = small(config, len(tokenizer))
     task = replace(TASK, lengths=[32], num_tokens=64)
     mean = np.mean([loss for text in task.texts(documents) for loss in naive(model, text, 32, 32)])
-    assert task.run(model, tokenizer, documents, ignore)["by_length"]["32"] == pytest.approx(math.exp(mean), rel=1e-4)
+    assert measure(task, documents, Reader(model=model, tokenizer=tokenizer))["by_length"]["32"] == pytest.approx(
+        math.exp(mean), rel=1e-4
+    )
 
 
-def test_refuses_a_head_it_cannot_reproduce(tokenizer, documents):
+def test_refuses_a_head_it_cannot_reproduce(tokenizer, measure, documents):
+    by = Reader(model=small(GraniteConfig, len(tokenizer), logits_scaling=8.0), tokenizer=tokenizer)
     with pytest.raises(InputError, match="GraniteForCausalLM changes its logits"):
-        TASK.run(small(GraniteConfig, len(tokenizer), logits_scaling=8.0), tokenizer, documents, ignore)
+        measure(TASK, documents, by)
 
 
 def small(config, vocab_size, **fields):
@@ -116,16 +118,16 @@ def test_refuses_settings(fields, message):
 
 def test_refuses_documents_that_are_too_short(documents):
     with pytest.raises(InputError, match="at least 1025 tokens, the longest has 700"):
-        replace(TASK, lengths=[1024]).check(documents)
+        replace(TASK, lengths=[1024]).check(documents, None)
     with pytest.raises(InputError, match="the longest has 0"):
-        TASK.check([])
+        TASK.check([], None)
 
 
 def test_lengths_follow_the_sequence_length():
     assert replace(TASK, lengths=None, sequence_length=4096).context_lengths == (512, 1024, 2048, 4096)
 
 
-def test_progress_adds_up(model, tokenizer, documents):
+def test_progress_adds_up(measure, documents):
     task, units = replace(TASK, stride=8), []
-    task.run(model, tokenizer, documents, lambda _, num_units: units.append(num_units))
+    measure(task, documents, advance=lambda _, num_units: units.append(num_units))
     assert sum(units) == pytest.approx(task.num_units())
