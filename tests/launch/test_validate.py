@@ -44,8 +44,12 @@ def test_a_value_that_does_not_fit_is_named_as_it_was_typed(overrides):
     assert "\n" not in str(caught.value)
 
 
+ATTENTIONS = ("attention", "attention@evaluation_attention")
+
+
 def shipped():
     given = {"model=scratch": " model.architecture={}", "data=hub": " data.name=x"}
+    given |= {f"{group}=head_pattern": f" {group.partition('@')[2] or group}.path=x" for group in ATTENTIONS}
     given |= {f"data={name}": " data.path=x" for name in ("text", "jsonl", "chat")}
     for group, (_, choices) in config.groups("train").items():
         yield from (f"{group}={choice}" + given.get(f"{group}={choice}", "") for choice in choices)
