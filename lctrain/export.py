@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import cast
 
@@ -9,11 +10,17 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
+from transformers import PreTrainedModel
 
+from lctrain import __version__
+from lctrain.attention.duo import GATES
+from lctrain.attention.head_pattern import HeadPatternAttention
 from lctrain.checkpoint import check_names, read_values
 from lctrain.errors import InputError
 from lctrain.folder import RunFolder, is_whole, whole_checkpoints
+from lctrain.heads import JSON, TSV, HeadPattern, architecture
 from lctrain.memory.savings import NOTHING
+from lctrain.model.recipe import ModelRecipe, PretrainedModel
 
 RECIPE = "lctrain.yaml"  # the resolved config of the run, in every exported folder
 PLAIN = {"kernel": "auto", "layer_kernel": "plain", "precision": None, "memory": NOTHING}  # nothing runs here
@@ -21,14 +28,16 @@ PLAIN = {"kernel": "auto", "layer_kernel": "plain", "precision": None, "memory":
 
 def main(cfg: DictConfig) -> None:
     """`lctrain export`."""
-    print(f"exported to {export(cfg.run_dir, cfg.checkpoint, cfg.output, cfg.dtype)}")
+    heads = {name: value for name, value in cfg.heads.items() if value is not None}
+    print(f"exported to {export(cfg.run_dir, cfg.checkpoint, cfg.output, cfg.dtype, **heads)}")
 
 
-def export(run_dir: str, checkpoint: str, output: str, dtype: str = "auto") -> Path:
+def export(run_dir: str, checkpoint: str, output: str, dtype: str = "auto", **heads: float) -> Path:
     """Merge the adapters of a checkpoint (a path, or auto for the newest whole one) into `output`; returns it.
 
     The folder holds safetensors, the config with the stretched positions, the tokenizer, and a README with the recipe.
-    Weights get the model's dtype, unless `dtype` names another. It is written beside its final name and
+    Weights get the model's dtype, unless `dtype` names another. Gates are no weights of it: they become a head pattern
+    beside it, deployed as `heads` says (the fields of HeadPattern.deployed). It is written beside its final name and
     renamed. Raises InputError where there is nothing to export.
     """
     folder, target = RunFolder(run_dir), Path(output)
@@ -47,17 +56,46 @@ def export(run_dir: str, checkpoint: str, output: str, dtype: str = "auto") -> P
     check_names(path, found, trained)
     for name, parameter in trained.items():
         parameter.data.copy_(found[name])
-    merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    pattern = _head_pattern(model, recipe, {"run": run_dir, "checkpoint": path.name}, heads)
+    merged = cast(PreTrainedModel, model.merge_and_unload() if isinstance(model, PeftModel) else model)
+    for name, _ in [*merged.named_parameters()]:  # what the attention learned is nothing to plain transformers
+        owner, _, leaf = name.rpartition(".")
+        if leaf in recipe.attention.learned():
+            delattr(merged.get_submodule(owner), leaf)
     merged.to(recipe.torch_dtype(recipe.config()) if dtype == "auto" else getattr(torch, dtype))
     aside = target.with_name(target.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
+    if pattern is not None:  # by the names under which the authors' code looks for them
+        merged.config.update({"sink_size": pattern.num_sink_tokens, "recent_size": pattern.recent_size})
     merged.save_pretrained(aside)
     recipe.tokenizer.save_pretrained(aside)
     (aside / RECIPE).write_text(OmegaConf.to_yaml(cfg))
-    (aside / "README.md").write_text(_readme(cfg, path))
+    (aside / "README.md").write_text(_readme(cfg, path, pattern))
+    if pattern is not None:
+        pattern.write_tsv(aside / TSV)
+        pattern.write_json(aside / JSON)
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
     return target
+
+
+def _head_pattern(
+    model: PreTrainedModel | PeftModel, recipe: ModelRecipe, origin: dict[str, str], heads: dict[str, float]
+) -> HeadPattern | None:
+    """Of the gates that were trained, or the pattern that was trained under; None where the run has neither."""
+    if isinstance(recipe.attention, HeadPatternAttention):
+        return recipe.attention.pattern.deployed(**heads)  # type: ignore[arg-type]
+    gates = [p.detach() for name, p in model.named_parameters() if name.endswith(GATES) and p.requires_grad]
+    if not gates:
+        if heads:
+            raise InputError(f"heads.{next(iter(heads))} is for runs that train gates (attention=duo tuning=gates)")
+        return None
+    config = recipe.config()
+    packages = {"lctrain": __version__, **{name: version(name) for name in ("torch", "transformers")}}
+    known = {"architecture": architecture(config), "attention": str(recipe.attention), **origin, **packages}
+    known |= {"model": str(recipe.path)} if isinstance(recipe, PretrainedModel) else {}
+    found = HeadPattern.from_gates(torch.stack(gates).clamp(0, 1), threshold=0.5, provenance=known)
+    return found.deployed(**heads)  # type: ignore[arg-type]
 
 
 def _checkpoint(folder: RunFolder, checkpoint: str) -> Path:
@@ -71,12 +109,20 @@ def _checkpoint(folder: RunFolder, checkpoint: str) -> Path:
     return found[-1]
 
 
-def _readme(cfg: DictConfig, checkpoint: Path) -> str:
+def _readme(cfg: DictConfig, checkpoint: Path, pattern: HeadPattern | None) -> str:
+    streams = (
+        f"{(~pattern.retrieval_heads).sum()} of {pattern.retrieval_heads.numel()} key-value heads need no more than "
+        f"{pattern.num_sink_tokens} sinks and {pattern.recent_size} recent tokens: {JSON} says which. "
+        "`lctrain.model.serve.load(folder)` generates with them; plain transformers attends in full.\n\n"
+        if pattern is not None
+        else ""
+    )
     return (
         f"# {cfg.model.get('path', 'a model')} at {cfg.sequence_length:,} tokens\n\n"
         f"Adapted with lctrain, checkpoint {checkpoint.name}. Loads in plain transformers:\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
         "model = AutoModelForCausalLM.from_pretrained(folder)\n```\n\n"
         f"Trained with `{cfg.attention._target_}`; this folder runs the architecture's own attention.\n\n"
+        f"{streams}"
         f"The whole recipe is in {RECIPE}.\n"
     )

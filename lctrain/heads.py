@@ -113,9 +113,7 @@ class HeadPattern:
             raise InputError(f"{file}: {error}") from error
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{file} is no head pattern: {error}") from error
-        if threshold is None and streaming_share is None:
-            return pattern
-        return dataclasses.replace(pattern, threshold=threshold, streaming_share=streaming_share)
+        return pattern.deployed(threshold=threshold, streaming_share=streaming_share)
 
     @classmethod
     def _from_json(cls, file: Path) -> "HeadPattern":
@@ -135,6 +133,24 @@ class HeadPattern:
             num_sink_tokens=DEPLOYED["num_sink_tokens"] if sinks is None else sinks,
             recent_size=DEPLOYED["recent_size"] if recent is None else recent,
             provenance={"model": settings["model_name"]} if "model_name" in settings else {},
+        )
+
+    def deployed(
+        self,
+        *,
+        threshold: float | None = None,
+        streaming_share: float | None = None,
+        num_sink_tokens: int | None = None,
+        recent_size: int | None = None,
+    ) -> "HeadPattern":
+        """The same gates, with what is given here in place of what was decided before."""
+        decided = threshold is not None or streaming_share is not None
+        return dataclasses.replace(
+            self,
+            threshold=threshold if decided else self.threshold,
+            streaming_share=streaming_share if decided else self.streaming_share,
+            num_sink_tokens=self.num_sink_tokens if num_sink_tokens is None else num_sink_tokens,
+            recent_size=self.recent_size if recent_size is None else recent_size,
         )
 
     def write_tsv(self, path: str | Path) -> None:

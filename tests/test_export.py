@@ -7,10 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import Callback
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from lctrain.attention.head_pattern import HeadPatternAttention
+from lctrain.checkpoint import read_values
 from lctrain.errors import InputError
 from lctrain.export import export
+from lctrain.heads import JSON, HeadPattern
+from lctrain.model.install import install
 
 IDS = torch.randint(3, 64, (2, 64), generator=torch.Generator().manual_seed(1))
 
@@ -153,6 +158,58 @@ def test_an_export_that_fails_leaves_the_earlier_one(trained, reloaded, monkeypa
     assert (folder / "model.safetensors").read_bytes() == before
     reloaded()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+DUO = ["attention=duo", "attention.num_sink_tokens=2", "attention.recent_size=8", "rope=linear"]
+
+
+@pytest.mark.parametrize("tuning", ["tuning=gates", "tuning=lora tuning.trainable=[head_gates]"])
+def test_gates_become_a_pattern_beside_plain_weights(run, trained, reloaded, tmp_path, tuning):
+    trained(*DUO, *tuning.split(), "objective=duo", "optimizer.lr=0.3", "trainer.max_steps=1")
+    learned = [value for name, value in read_values(tmp_path / "run/checkpoints/step-00000001.ckpt").items()
+               if name.endswith("head_gates")]  # fmt: skip
+    _, folder = reloaded()
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        assert not [name for name in weights.keys() if "gate" in name and "gate_proj" not in name]  # noqa: SIM118
+    pattern = HeadPattern.read(folder)
+    torch.testing.assert_close(torch.tensor(pattern.gates), torch.stack(learned))
+    assert (pattern.threshold, pattern.num_sink_tokens, pattern.recent_size) == (0.5, 64, 256)
+    assert pattern.provenance["checkpoint"] == "step-00000001.ckpt"
+    assert "llama" in pattern.provenance["architecture"]
+    (folder / JSON).unlink()
+    torch.testing.assert_close(torch.tensor(HeadPattern.read(folder).gates), torch.stack(learned))
+    config = AutoConfig.from_pretrained(folder)
+    assert (config.sink_size, config.recent_size) == (64, 256)
+    pattern.check(config)
+    assert "64 sinks and 256 recent tokens" in (folder / "README.md").read_text()
+
+
+def test_a_model_of_which_only_gates_trained_is_the_base(trained, reloaded, saved):
+    trained(*DUO, "tuning=gates", "rope=none", "rope.extrapolate=true")
+    model, base = reloaded()[0], AutoModelForCausalLM.from_pretrained(saved("llama", max_position_embeddings=32)).eval()
+    assert torch.equal(model(input_ids=IDS).logits, base(input_ids=IDS).logits)
+
+
+def test_what_is_deployed_is_decided_at_export_and_trained_on_from_there(trained, reloaded, tmp_path):
+    trained(*DUO, "tuning=gates")
+    _, folder = reloaded(streaming_share=0.75, num_sink_tokens=1, recent_size=5)
+    pattern = HeadPattern.read(folder)
+    assert pattern.retrieval_heads.sum() == 1
+    assert (pattern.num_sink_tokens, pattern.recent_size) == (1, 5)
+    deployed = ["attention=head_pattern", f"attention.path={folder}", "tuning=lora", f"run_dir={tmp_path}/tuned"]
+    trained(*deployed, "rope=linear")
+    tuned = export(str(tmp_path / "tuned"), "auto", str(tmp_path / "again"))
+    assert HeadPattern.read(tuned) == pattern
+    model = AutoModelForCausalLM.from_pretrained(tuned)
+    install(model, HeadPatternAttention(path=str(tuned), threshold=None, streaming_share=None, num_sink_tokens=None,
+                                        recent_size=None), "sdpa")  # fmt: skip
+    assert same_logits(model.eval())
+
+
+def test_deployment_of_a_run_without_gates_is_refused(trained, reloaded):
+    trained()
+    with pytest.raises(InputError, match=r"heads.threshold is for runs that train gates"):
+        reloaded(threshold=0.5)
 
 
 def test_what_cannot_be_exported_is_named(trained, tmp_path):

@@ -1,6 +1,5 @@
 """A deployed head pattern: retrieval heads attend in full, streaming heads to sinks and recent tokens."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,9 +32,12 @@ class HeadPatternAttention(Attention):
     @cached_property
     def pattern(self) -> HeadPattern:
         """Read once, when it is asked for. InputError if there is none."""
-        read = HeadPattern.read(self.path, threshold=self.threshold, streaming_share=self.streaming_share)
-        sizes = {"num_sink_tokens": self.num_sink_tokens, "recent_size": self.recent_size}
-        return dataclasses.replace(read, **{name: size for name, size in sizes.items() if size is not None})  # type: ignore[arg-type]
+        return HeadPattern.read(self.path).deployed(
+            threshold=self.threshold,
+            streaming_share=self.streaming_share,
+            num_sink_tokens=self.num_sink_tokens,
+            recent_size=self.recent_size,
+        )
 
     @cached_property
     def streaming(self) -> MaskedAttention:
