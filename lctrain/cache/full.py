@@ -23,13 +23,11 @@ class AllKeys(Store):
         super().__init__()
         self._reserve = reserve or 0
 
-    def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, forward: Forward) -> Tensor:
-        stop = forward.start + k_BKLD.shape[2]
-        self.keys, self.values = (
-            self._with_room(*x, forward.start, stop) for x in ((self.keys, k_BKLD), (self.values, v_BKLD))
-        )
-        for buffer, new in ((self.keys, k_BKLD), (self.values, v_BKLD)):
-            buffer[:, :, forward.start : stop] = new
+    def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, start: int, forward: Forward) -> Tensor:
+        stop = start + k_BKLD.shape[2]
+        self.keys = self._with_room(self.keys, k_BKLD, start, stop)
+        self.values = self._with_room(self.values, v_BKLD, start, stop)
+        self.keys[:, :, start:stop], self.values[:, :, start:stop] = k_BKLD, v_BKLD
         return forward.attend(q_BHLD, self.keys[:, :, :stop], self.values[:, :, :stop])
 
     def _with_room(self, buffer: Tensor | None, new_BKLD: Tensor, start: int, stop: int) -> Tensor:

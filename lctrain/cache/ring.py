@@ -48,7 +48,7 @@ class _Chunk:
     """What all layers have in common in a forward of several tokens."""
 
     held: int  # slots in use before
-    slot_RL: Tensor  # where each new token goes
+    source_RN: Tensor  # which new token each slot gets, -1 for none
     shift_RL: Tensor  # how far it is from its sinks in the text, but not in the cache
     sink_RM: Tensor  # which keys are sinks
     prepared: Any
@@ -66,32 +66,46 @@ class Ring(Store):
         self._slots = slots
         self._rotation = rotation
 
-    def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, forward: Forward) -> Tensor:
+    def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, start: int, forward: Forward) -> Tensor:
         if self.keys is None or self.values is None:
-            shape = (*k_BKLD.shape[:2], self._slots.number + 1, k_BKLD.shape[3])  # one more for what is not kept
+            shape = (*k_BKLD.shape[:2], self._slots.number, k_BKLD.shape[3])
             self.keys, self.values = k_BKLD.new_zeros(shape), v_BKLD.new_zeros(shape)
-        one = q_BHLD.shape[2] == 1 and forward.tokens_BS is None
-        attend = self._attend_one if one else self._attend_chunk
-        return attend(q_BHLD, k_BKLD, v_BKLD, self.keys, self.values, forward)
+        if q_BHLD.shape[2] == 1 and forward.tokens_BS is None:
+            return self._attend_one(q_BHLD, k_BKLD, v_BKLD, self.keys, self.values, start, forward.scaling)
+        chunk = self._chunk(q_BHLD, k_BKLD, start, forward)
+        return self._attend_chunk(q_BHLD, k_BKLD, v_BKLD, self.keys, self.values, chunk, forward)
 
     def _attend_one(
-        self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, keys_BKND: Tensor, values_BKND: Tensor, forward: Forward
+        self,
+        q_BHLD: Tensor,
+        k_BKLD: Tensor,
+        v_BKLD: Tensor,
+        keys_BKND: Tensor,
+        values_BKND: Tensor,
+        start: int,
+        scaling: float,
     ) -> Tensor:
         """Once it is stored, a token sees all that is there, in whatever order."""
-        slot, held = int(self._slots.of(torch.tensor(forward.start))), min(forward.start + 1, self._slots.number)
+        slot, held = int(self._slots.of(torch.tensor(start))), min(start + 1, self._slots.number)
         keys_BKND[:, :, slot : slot + 1], values_BKND[:, :, slot : slot + 1] = k_BKLD, v_BKLD
         k, v = keys_BKND[:, :, :held], values_BKND[:, :, :held]
-        if self._rotation is not None and forward.start + 1 > held:
-            shift = torch.full((1, 1), forward.start + 1 - held, device=k.device)
+        if self._rotation is not None and start + 1 > held:
+            shift = torch.full((1, 1), start + 1 - held, device=k.device)
             sinks = self._rotation(k[:, :, : self._slots.num_sinks], shift)
             k = torch.cat((sinks, k[:, :, self._slots.num_sinks :]), dim=2)
-        return attend_few(q_BHLD, k, v, None, forward.scaling)
+        return attend_few(q_BHLD, k, v, None, scaling)
 
     def _attend_chunk(
-        self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, keys_BKND: Tensor, values_BKND: Tensor, forward: Forward
+        self,
+        q_BHLD: Tensor,
+        k_BKLD: Tensor,
+        v_BKLD: Tensor,
+        keys_BKND: Tensor,
+        values_BKND: Tensor,
+        chunk: _Chunk,
+        forward: Forward,
     ) -> Tensor:
         """Each token sees its own sinks and window, among what was kept and what is new."""
-        chunk = self._chunk(q_BHLD, k_BKLD, forward)
         q = q_BHLD
         k = torch.cat((keys_BKND[:, :, : chunk.held], k_BKLD), dim=2)
         v = torch.cat((values_BKND[:, :, : chunk.held], v_BKLD), dim=2)
@@ -102,20 +116,21 @@ class Ring(Store):
             q = torch.cat((q, self._rotation(q, -chunk.shift_RL)), dim=-1)
             k, v = torch.cat((k * (1 - sink), k * sink), dim=-1), F.pad(v, (0, v.shape[-1]))
         out = forward.kernel.attend(q, k, v, chunk.prepared, scaling=forward.scaling, softcap=None)
-        slot_BKLD = chunk.slot_RL[:, None, :, None].expand(k_BKLD.shape)
-        keys_BKND.scatter_(2, slot_BKLD, k_BKLD)
-        values_BKND.scatter_(2, slot_BKLD, v_BKLD)
+        source = chunk.source_RN[:, None, :, None]
+        for kept, new in ((keys_BKND, k_BKLD), (values_BKND, v_BKLD)):
+            taken = new.gather(2, source.clamp(min=0).expand(kept.shape))
+            kept.copy_(torch.where(source < 0, kept, taken))
         return out[..., : v_BKLD.shape[-1]]
 
-    def _chunk(self, q_BHLD: Tensor, k_BKLD: Tensor, forward: Forward) -> _Chunk:
+    def _chunk(self, q_BHLD: Tensor, k_BKLD: Tensor, start: int, forward: Forward) -> _Chunk:
         key = self._slots, self._rotation is None
         if key not in forward.shared:
-            forward.shared[key] = self._make_chunk(q_BHLD, k_BKLD, forward)
+            forward.shared[key] = self._make_chunk(q_BHLD, k_BKLD, start, forward)
         chunk: _Chunk = forward.shared[key]
         return chunk
 
-    def _make_chunk(self, q_BHLD: Tensor, k_BKLD: Tensor, forward: Forward) -> _Chunk:
-        slots, start, stop = self._slots, forward.start, forward.start + q_BHLD.shape[2]
+    def _make_chunk(self, q_BHLD: Tensor, k_BKLD: Tensor, start: int, forward: Forward) -> _Chunk:
+        slots, stop = self._slots, start + q_BHLD.shape[2]
         padded = forward.tokens_BS is not None
         tokens_RS = torch.ones(1, stop, dtype=torch.bool, device=q_BHLD.device)
         tokens_RS = tokens_RS if forward.tokens_BS is None else forward.tokens_BS
@@ -126,9 +141,12 @@ class Ring(Store):
         kv_RM = torch.cat((held_RN, new_RL), dim=1)
         real_RM = torch.cat((held_RN >= 0, is_token_RL), dim=1)
         stays = (new_RL < slots.num_sinks) | (new_RL > position_RS[:, -1:] - slots.num_recent)
+        slot_RL = torch.where(stays & is_token_RL, slots.of(new_RL), slots.number)
+        source_RN = torch.full((new_RL.shape[0], slots.number + 1), -1, device=new_RL.device)
+        source_RN.scatter_(1, slot_RL, torch.arange(stop - start, device=new_RL.device).expand(slot_RL.shape))
         return _Chunk(
             held=held,
-            slot_RL=torch.where(stays & is_token_RL, slots.of(new_RL), slots.number),
+            source_RN=source_RN[:, :-1],
             shift_RL=(new_RL - (slots.number - 1)).clamp(min=0),
             sink_RM=real_RM & (kv_RM < slots.num_sinks),
             prepared=self._prepare(q_BHLD, k_BKLD, new_RL, kv_RM, (is_token_RL, real_RM) if padded else None, forward),

@@ -67,5 +67,5 @@ def check_positions(positions: str) -> None:
 def streaming_bytes(
     config: PreTrainedConfig, num_sink_tokens: int, recent_size: int, batch_size: int, dtype: torch.dtype
 ) -> int:
-    """Of one head, however long the row: its slots, and one to write to what is not kept."""
-    return (num_sink_tokens + recent_size + 1) * bytes_per_key(config, batch_size, dtype)
+    """Of one head, however long the row."""
+    return (num_sink_tokens + recent_size) * bytes_per_key(config, batch_size, dtype)

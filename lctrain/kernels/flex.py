@@ -47,7 +47,7 @@ class FlexKernel(Kernel):
 
     def prepare(self, mask: Mask) -> Any:
         if mask.q_length < FEW:
-            return FewQueries(None if mask.causal and mask.q_length == 1 else ReferenceKernel().prepare(mask))
+            return FewQueries(ReferenceKernel().prepare(mask))
         return block_mask(mask, self.kv_block(mask.head_dim))
 
     def attend(

@@ -14,7 +14,9 @@ class ReferenceKernel(Kernel):
     def refusal(cls, demand: Demand) -> str | None:
         return None
 
-    def prepare(self, mask: Mask) -> Tensor:
+    def prepare(self, mask: Mask) -> Tensor | None:
+        if mask.causal and mask.q_length == 1:
+            return None
         return mask.evaluate(slice(0, mask.q_length), slice(0, mask.kv_length))
 
     def attend(

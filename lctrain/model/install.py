@@ -156,7 +156,6 @@ class _Installed:
         if self.ulysses is not None:
             raise InputError("sequence parallelism is for training: it has no cache")
         forward = Forward(
-            start=mask.q_offset,
             tokens_BS=mask.padding_BS,
             attend=attention,
             kernel=self.kernel,

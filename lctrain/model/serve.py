@@ -23,8 +23,9 @@ def load(
     dtype: str = "auto",
     kernel: str = "auto",
 ) -> tuple[PreTrainedModel, CachePolicy]:
-    """The model in `path` with lctrain's attention, and its policy: `model.generate(…, past_key_values=policy.new(model))`.
+    """The model in `path` with lctrain's attention, and its policy.
 
+    `model.generate(**inputs, past_key_values=policy.new(model))` runs it.
     Without `cache`, a folder with a head pattern is served with DuoAttention's cache, any other with a full one.
     `path` is a folder in Hugging Face format or a hub id. Raises InputError before weights are read.
     """

@@ -77,7 +77,7 @@ def test_capped_scores(tiny):
 
 @pytest.mark.parametrize("policy", [FullCache(), STREAMING, duo()])
 def test_attention_that_knows_no_such_cache(tiny, policy):
-    with pytest.raises(InputError, match="LlamaForCausalLM attends by 'sdpa'; lctrain.model.serve.load"):
+    with pytest.raises(InputError, match="LlamaForCausalLM attends by 'sdpa'; lctrain"):
         policy.new(tiny("llama"))
 
 
