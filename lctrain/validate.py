@@ -15,6 +15,7 @@ BOUNDS = {  # what no constructor refuses by itself
     "sequence_length": (2, inf),
     "model.sequence_length": (2, inf),
     "seed": (0, 2**32 - 1),
+    "prefill_chunk_size": (1, inf),
     "tuning.r": (1, inf),
     "tuning.lora_dropout": (0, 1),
     "scheduler.num_warmup_steps": (0, inf),

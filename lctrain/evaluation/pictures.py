@@ -1,6 +1,6 @@
-"""The evaluation as pictures: perplexity by length and position, recall by length and depth, loss over the steps."""
+"""The evaluation as pictures: perplexity by length and position, recall by depth and length, loss over the steps."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,50 +8,38 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 
+from lctrain.evaluation import recall_pictures
 from lctrain.evaluation.base import Result
+from lctrain.evaluation.style import COLOURS, STYLE, tokens
 
 Results = Mapping[str, Mapping[str, Result]]
 """Label (before, after) → task → result, as `evaluate` gives it."""
 Row = Mapping[str, Any]
 
-COLOURS = {"before": "#8b7358", "after": "#2563c9"}
-STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "axes.titlesize": 13,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-    "lines.linewidth": 2.2,
-    "savefig.dpi": 150,
-    "figure.constrained_layout.use": True,
-}
-
 
 def draw(folder: Path, results: Results, history: Sequence[Row] = ()) -> list[Path]:
     """Write a PNG of everything there is data for."""
-    perplexity = {label: tasks["perplexity"] for label, tasks in results.items() if "perplexity" in tasks}
-    passkey = {label: tasks["passkey"] for label, tasks in results.items() if "passkey" in tasks}
-    figures: dict[str, Figure] = {}
     with rc_context(STYLE):
-        if perplexity:
-            figures["perplexity_by_length.png"] = perplexity_by_length(perplexity)
-            figures["perplexity_by_position.png"] = perplexity_by_position(perplexity)
-        if passkey:
-            figures["passkey.png"] = passkey_by_depth(passkey)
-        if history:
-            figures["training.png"] = training(history)
+        figures = dict(_figures(results, history))
         for name, figure in figures.items():
-            figure.savefig(folder / name)
-    return [folder / name for name in figures]
+            figure.savefig(folder / f"{name}.png")
+    return [folder / f"{name}.png" for name in figures]
+
+
+def _figures(results: Results, history: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
+    """Each with the name of its file."""
+    for task in dict.fromkeys(task for done in results.values() for task in done):
+        of = {label: done[task] for label, done in results.items() if task in done}
+        if any("by_position" in result for result in of.values()):
+            yield f"{task}_by_length", perplexity_by_length(of)
+            yield f"{task}_by_position", perplexity_by_position(of)
+        if any("by_depth" in result for result in of.values()):
+            yield from ((f"{task}_{label}", recall_pictures.heatmap(task, label, of[label])) for label in of)
+            yield f"{task}_by_depth", recall_pictures.by_depth(task, of)
+    if history:
+        yield "training", training(history)
 
 
 def perplexity_by_length(results: Mapping[str, Result]) -> Figure:
@@ -88,30 +76,6 @@ def perplexity_by_position(results: Mapping[str, Result]) -> Figure:
     axes.set(title=f"Perplexity inside a window of {tokens(end)} tokens", xlabel="position in the window (tokens)")
     axes.set_xlim(0, end)
     axes.legend()
-    return figure
-
-
-def passkey_by_depth(results: Mapping[str, Result]) -> Figure:
-    """A heatmap of depth over length per label, from 0 to 100 %, the share in every cell."""
-    grids = {label: result["by_depth"] for label, result in results.items()}
-    num_lengths = max(map(len, grids.values()))
-    figure = Figure(figsize=(1.6 + len(grids) * max(2.6, 0.85 * num_lengths), 4.2))
-    panels = figure.subplots(1, len(grids), sharey=True, squeeze=False)[0]
-    for axes, (label, grid) in zip(panels, grids.items(), strict=True):
-        shares = np.array([list(row.values()) for row in grid.values()]).T
-        image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-        for (y, x), share in np.ndenumerate(shares):
-            axes.text(x, y, f"{share:.0%}", ha="center", va="center", color="white" if share > 0.6 else "#222222")
-        axes.set_xticks(range(len(grid)), [tokens(int(length)) for length in grid])
-        depths = next(iter(grid.values()))
-        axes.set_yticks(range(len(depths)), [f"{float(depth):.0%}" for depth in depths])
-        axes.set(title=label, xlabel="context length (tokens)")
-        axes.tick_params(length=0)
-        axes.grid(False)
-        axes.spines[:].set_visible(False)
-    panels[0].set_ylabel("depth of the key in the context")
-    figure.suptitle("Passkey recall", fontweight="bold", x=0.01, ha="left")
-    figure.colorbar(image, ax=list(panels), format=PercentFormatter(1), label="keys recalled", pad=0.02)
     return figure
 
 
@@ -164,10 +128,3 @@ def token_ticks(axes: Axes, ticks: Sequence[int], *, logarithmic: bool = False) 
         axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [tokens(tick) for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
-
-
-def tokens(number: int) -> str:
-    """512, 1.5k, 128k, 1M: in units of 1024."""
-    if number < 1024:
-        return str(number)
-    return f"{number / 1024:.4g}k" if number < 1024**2 else f"{number / 1024**2:.4g}M"

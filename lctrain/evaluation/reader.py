@@ -1,6 +1,6 @@
-"""A model as it is measured. Shapes: B rows, L tokens, N tokens generated."""
+"""A model as it is measured. Shapes: B rows, L tokens, D hidden."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -9,30 +9,45 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lctrain.cache.base import CachePolicy, prefill
+from lctrain.cache.full import FullCache
 from lctrain.model.head import hidden_states, token_losses
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """A model with its tokenizer."""
+    """A model with its tokenizer, and how it reads: under which cache policy, how many tokens at once (None: all).
+
+    Whatever is measured goes through the cache that generation would have: the pattern that is claimed is evaluated.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    cache: CachePolicy = field(default_factory=FullCache)
+    prefill_chunk_size: int | None = None
 
     def complete(self, prompts_BL: NDArray[np.int64], num_tokens: int) -> list[str]:
         """What greedy decoding writes behind each prompt, at most `num_tokens` tokens."""
         input_ids = torch.from_numpy(prompts_BL).to(self.model.device)
+        mask, cache = torch.ones_like(input_ids), self.cache.new(self.model)
+        prefill(self.model, input_ids, mask, cache, self.prefill_chunk_size)
         config = GenerationConfig(
             do_sample=False, max_new_tokens=num_tokens, pad_token_id=self.tokenizer.pad_token_id or 0
         )
-        mask = torch.ones_like(input_ids)
-        output = cast(Any, self.model).generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
+        output = cast(Any, self.model).generate(
+            input_ids=input_ids, attention_mask=mask, past_key_values=cache, generation_config=config
+        )
         return self.tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
 
     def losses(self, ids: NDArray[np.int64]) -> Tensor:
         """Negative log-likelihood in fp32 [B, L] of each token of `ids` [B, L + 1] but the first."""
         rows = torch.from_numpy(ids).to(self.model.device)
         inputs_BL, labels_BL = rows[:, :-1], rows[:, 1:]
-        position_ids = torch.arange(inputs_BL.shape[1], device=rows.device).expand_as(inputs_BL)
-        hidden_BLD = hidden_states(self.model, inputs_BL, position_ids)
-        return token_losses(self.model, hidden_BLD, labels_BL)[1].view(labels_BL.shape)
+        # Full attention over the whole row needs no cache, which would double what the row takes.
+        plain = self.prefill_chunk_size is None and isinstance(self.cache, FullCache)
+        cache = None if plain else self.cache.new(self.model)
+        losses = []
+        for chunk in torch.arange(inputs_BL.shape[1], device=rows.device).split(self.prefill_chunk_size or len(ids[0])):
+            hidden_BLD = hidden_states(self.model, inputs_BL[:, chunk], chunk.expand(len(rows), -1), cache)
+            losses.append(token_losses(self.model, hidden_BLD, labels_BL[:, chunk])[1].view(len(rows), -1))
+        return torch.cat(losses, dim=1)

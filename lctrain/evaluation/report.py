@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from lctrain.evaluation.pictures import Results, Row, draw, tokens
+from lctrain.evaluation.pictures import Results, Row, draw
+from lctrain.evaluation.style import tokens
 
 if TYPE_CHECKING:
     import wandb
 
-FORMATS = {"perplexity": "{:,.2f}", "passkey": "{:.0%}"}
 PACKAGES = ("lctrain", "torch", "transformers", "lightning", "peft", "datasets", "deepspeed")
 
 
@@ -54,7 +54,7 @@ def task_names(results: Results) -> list[str]:
 def rows(results: Results) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of the table: a row per length, a column per task and label."""
     columns = [
-        (f"{task} {label}", FORMATS.get(task, "{:.3g}"), done[task]["by_length"])
+        (f"{task} {label}", "{:.0%}" if "by_depth" in done[task] else "{:,.2f}", done[task]["by_length"])
         for task in task_names(results)
         for label, done in results.items()
     ]
@@ -84,7 +84,21 @@ def log_media(run: "wandb.Run", folder: Path, results: Results) -> None:
 
     headings, cells = rows(results)
     images = {f"evaluation/{path.stem}": wandb.Image(str(path)) for path in sorted(folder.glob("*.png"))}
-    run.log({"evaluation/by_length": wandb.Table(columns=[*headings], data=cells), **images})
+    tables = {"by_length": wandb.Table(columns=[*headings], data=cells)}
+    if recalled := recall_cells(results):
+        tables["by_cell"] = wandb.Table(columns=["label", "task", "length", "depth", "recalled"], data=recalled)
+    run.log({**{f"evaluation/{name}": table for name, table in tables.items()}, **images})
+
+
+def recall_cells(results: Results) -> list[list[Any]]:
+    """Label, task, length, depth and share of every cell of recall."""
+    return [
+        [label, task, int(length), float(depth), share]
+        for label, done in results.items()
+        for task, result in done.items()
+        for length, row in result.get("by_depth", {}).items()
+        for depth, share in row.items()
+    ]
 
 
 def versions() -> dict[str, str]:

@@ -43,8 +43,9 @@ class Retrieval(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.depths or min(self.depths) < 0 or max(self.depths) > 1 or len(set(self.depths)) < len(self.depths):
-            raise InputError(f"{self.name} depths must be different numbers from 0 to 1, not {list(self.depths)}")
+        depths = list(self.depths)
+        if not depths or depths[0] < 0 or depths[-1] > 1 or depths != sorted(set(depths)):
+            raise InputError(f"{self.name} depths must ascend from 0 to 1, not {depths}")
         if self.num_trials < 1:
             raise InputError(f"{self.name} num_trials {self.num_trials} must be positive")
 

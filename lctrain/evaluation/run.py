@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from transformers import PreTrainedConfig
 
 from lctrain.attention.base import Attention
+from lctrain.cache.base import CachePolicy
+from lctrain.cache.full import FullCache
 from lctrain.config import dump, public
 from lctrain.errors import InputError
 from lctrain.evaluation.base import Result, Task, Texts, Tokens
@@ -77,9 +79,11 @@ def check(cfg: DictConfig, config: PreTrainedConfig, data: Texts) -> None:
     """Raise InputError if the evaluation that `cfg` asks for can't be done on this data: cheap."""
     tasks: dict[str, Task] = instantiate(cfg.evaluation, _convert_="all")
     method: Attention = instantiate(cfg.evaluation_attention, _convert_="all")
+    cache = _cache(cfg)
     for name, task in tasks.items():
         task.check(documents(task, data), data.tokenizer)
         method.check(config.get_text_config(), list(task.context_lengths))
+        cache.check(config.get_text_config(), task.context_lengths[-1])
         if task.generates and not method.can_decode():
             raise InputError(f"{method} can't decode, as evaluation.{name} does; evaluate another pattern")
 
@@ -122,7 +126,18 @@ def _data(cfg: DictConfig, recipe: ModelRecipe) -> Texts:
 
 def _reader(cfg: DictConfig, recipe: ModelRecipe) -> Reader:
     model: Any = recipe.build(_device()).eval()
-    return Reader(model=model, tokenizer=recipe.tokenizer)
+    return Reader(
+        model=model,
+        tokenizer=recipe.tokenizer,
+        cache=_cache(cfg),
+        prefill_chunk_size=cfg.get("prefill_chunk_size"),
+    )
+
+
+def _cache(cfg: DictConfig) -> CachePolicy:
+    """Behind a training, that of plain transformers."""
+    policy: CachePolicy = instantiate(cfg.cache, _convert_="all") if "cache" in cfg else FullCache()
+    return policy
 
 
 def _plain(cfg: DictConfig, path: str) -> PretrainedModel:

@@ -3,7 +3,7 @@
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from lctrain.errors import InputError
 from lctrain.kernels.linear_cross_entropy import linear_cross_entropy
@@ -16,13 +16,21 @@ def unwrap(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
 
 
-def hidden_states(model: PreTrainedModel | PeftModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """Last hidden states [B, L, D], the final norm included. Documents are packed where positions restart."""
+def hidden_states(
+    model: PreTrainedModel | PeftModel, input_ids: Tensor, position_ids: Tensor, cache: Cache | None = None
+) -> Tensor:
+    """Last hidden states [B, L, D], the final norm included. Documents are packed where positions restart.
+
+    With a cache, `input_ids` go on from the tokens that it holds, and are put into it.
+    """
+    num_seen = 0 if cache is None else cache.get_seq_length()
     output = unwrap(model).get_decoder()(
         input_ids=input_ids,
         position_ids=position_ids,
-        attention_mask=torch.ones_like(input_ids),  # nothing is padding; else transformers looks for documents itself
-        use_cache=False,
+        # Nothing is padding; without a mask transformers looks for documents itself.
+        attention_mask=input_ids.new_ones(input_ids.shape[0], num_seen + input_ids.shape[1]),
+        past_key_values=cache,
+        use_cache=cache is not None,
     )
     return output.last_hidden_state  # type: ignore[no-any-return]
 

@@ -64,12 +64,15 @@ def measure(reader):
 class Stub:
     """Answers every prompt with `reply(prompt text)` and keeps what it was asked."""
 
-    device = torch.device("cpu")
+    device, config = torch.device("cpu"), LlamaConfig()
 
     def __init__(self, tokenizer, reply):
         self.tokenizer, self.reply, self.prompts = tokenizer, reply, []
 
-    def generate(self, input_ids, attention_mask, generation_config):
+    def get_decoder(self):
+        return lambda *_, **__: None
+
+    def generate(self, input_ids, attention_mask, past_key_values, generation_config):
         texts = self.tokenizer.batch_decode(input_ids)
         self.prompts += [(len(ids), text) for ids, text in zip(input_ids, texts, strict=True)]
         room = generation_config.max_new_tokens

@@ -82,9 +82,9 @@ def test_progress_adds_up(measure, documents):
     ("fields", "message"),
     [
         ({"lengths": [320, 150]}, "positive and ascending"),
-        ({"depths": []}, "from 0 to 1"),
-        ({"depths": [0.5, 1.5]}, "from 0 to 1"),
-        ({"depths": [0.5, 0.5]}, "different numbers"),
+        ({"depths": []}, "ascend from 0 to 1"),
+        ({"depths": [0.5, 1.5]}, "ascend from 0 to 1"),
+        ({"depths": [0.5, 0.5]}, "must ascend"),
         ({"batch_tokens": 319}, "batch_tokens=319 must hold a row of the longest length, 320"),
         ({"num_trials": 0}, "num_trials 0"),
         ({"num_digits": 19}, "num_digits 19"),

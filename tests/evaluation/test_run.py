@@ -1,3 +1,6 @@
+import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,13 +9,14 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from lctrain.errors import InputError
+from lctrain import config
+from lctrain.errors import InputError, Stopped
 from lctrain.evaluation.journal import Journal
 from lctrain.evaluation.needle import Needle
 from lctrain.evaluation.passkey import Passkey
 from lctrain.evaluation.perplexity import Perplexity
 from lctrain.evaluation.reader import Reader
-from lctrain.evaluation.run import documents, evaluate
+from lctrain.evaluation.run import documents, evaluate, main
 
 CONF = Path(__file__).parents[2] / "conf"
 TASKS = {
@@ -71,7 +75,93 @@ def test_what_was_measured_under_a_label_is_not_measured_again(reader, data, tok
 def test_configs(name, tasks):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         group = compose(overrides=[f"+evaluation={name}"]).get("evaluation", {})
-    config = OmegaConf.create({"sequence_length": 4096, "seed": 7, "evaluation": group})
-    built = instantiate(config.evaluation, _convert_="all")
+    whole = OmegaConf.create({"sequence_length": 4096, "seed": 7, "evaluation": group})
+    built = instantiate(whole.evaluation, _convert_="all")
     assert {task: type(made) for task, made in built.items()} == tasks
     assert all(made.context_lengths == (512, 1024, 2048, 4096) for made in built.values())
+
+
+@pytest.fixture
+def evaluation(saved, text, tmp_path):
+    """The config of a small evaluation of two tasks, eight cells, in `tmp_path/<name>`."""
+    path = saved("llama", max_position_embeddings=128)
+    words = f"""model.path={path} data=text data.path={text} datamodule.cache_dir={tmp_path}/tokens
+        datamodule.heldout_fraction=0.5 sequence_length=128 evaluation=needle evaluation.needle.lengths=[96,128]
+        evaluation.passkey.lengths=[96,128] evaluation.needle.depths=[0.0,1.0]"""
+    return lambda name, *others: config.compose("evaluate", [f"run_dir={tmp_path}/{name}", *words.split(), *others])
+
+
+def stop_after(num_batches, monkeypatch):
+    """Sends SIGTERM while that many batches have been read; gives the list of all that were."""
+    read, complete = [], Reader.complete
+
+    def counting(self, prompts, num_tokens):
+        read.append(prompts.shape)
+        if len(read) == num_batches:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return complete(self, prompts, num_tokens)
+
+    monkeypatch.setattr(Reader, "complete", counting)
+    return read
+
+
+def test_a_stopped_evaluation_goes_on_to_the_same_report(evaluation, tmp_path, monkeypatch):
+    main(evaluation("whole"))
+    read = stop_after(4, monkeypatch)
+    with pytest.raises(Stopped):
+        main(evaluation("stopped"))
+    assert not (tmp_path / "stopped/report.json").exists()
+    main(evaluation("stopped", "resume=auto"))
+    whole, stopped = (tmp_path / name / "report.json" for name in ("whole", "stopped"))
+    assert whole.read_bytes() == stopped.read_bytes()
+    assert len(json.loads(whole.read_text())["details"]["model"]["needle"]["by_depth"]["128"]) == 2
+    num_batches = len(read)
+    main(evaluation("stopped", "resume=auto"))  # nothing is left
+    assert (len(read), stopped.read_bytes()) == (num_batches, whole.read_bytes())
+
+
+def test_an_evaluation_goes_on_only_as_it_began(evaluation, monkeypatch):
+    stop_after(2, monkeypatch)
+    with pytest.raises(Stopped):
+        main(evaluation("run"))
+    with pytest.raises(InputError, match="already holds a run; add resume=auto"):
+        main(evaluation("run"))
+    with pytest.raises(InputError, match=r"resume=auto: seed was 0 when .* and is 1 now"):
+        main(evaluation("run", "resume=auto", "seed=1"))
+    with pytest.raises(InputError, match="resume=auto: prefill_chunk_size was None"):
+        main(evaluation("run", "resume=auto", "prefill_chunk_size=16"))
+    with pytest.raises(InputError, match="resume=latest is neither never nor auto"):
+        main(evaluation("run", "resume=latest"))
+    main(evaluation("run", "resume=auto", "logger=csv"))
+
+
+def test_what_an_evaluation_is_told_reaches_the_reader(evaluation, monkeypatch):
+    readers = []
+    monkeypatch.setattr(Reader, "complete", lambda self, prompts, _: readers.append(self) or [""] * len(prompts))
+    main(evaluation("run", "prefill_chunk_size=16"))
+    assert {reader.prefill_chunk_size for reader in readers} == {16}
+
+
+REFUSALS = {
+    "evaluation.needle.depths=[0.5,1.5]": "needle depths must ascend from 0 to 1",
+    "evaluation.needle.answer=''": "holds no word",
+    "evaluation.needle.chat_template=default": "the tokenizer has none",
+    "evaluation.needle.lengths=[32]": "needle at length 32: a needle's prompt needs",
+    "evaluation.passkey.lengths=[96,9000]": r"passkey at length 9000 .* there are 6340, 2660 too few",
+    "prefill_chunk_size=0": "prefill_chunk_size=0 must be at least 1",
+}
+
+
+@pytest.mark.parametrize("override", REFUSALS)
+def test_refusals_come_before_anything_is_written(evaluation, tmp_path, override):
+    with pytest.raises(InputError, match=REFUSALS[override]):
+        explained(evaluation("run", override))
+    assert not (tmp_path / "run").exists()
+
+
+def explained(cfg):
+    try:
+        config.check(cfg)
+        main(cfg)
+    except Exception as error:
+        raise config.explain(error, "evaluate") or error from None

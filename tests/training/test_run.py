@@ -84,7 +84,7 @@ def test_what_does_not_change_a_step_may_change(run, tmp_path):
         "callbacks.checkpoint.num_kept=7",
         "logger=csv",
         f"datamodule.cache_dir={tmp_path}/tokens",
-        "evaluation=default",
+        "evaluation=perplexity",
     ]
     assert run("resume=auto", "trainer.val_check_interval=3", *free).steps == 4
 
