@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from lctrain.attention.base import Attention
 from lctrain.attention.duo import GATES
 from lctrain.errors import InputError
-from lctrain.evaluation.pictures import STYLE
+from lctrain.evaluation.style import STYLE
 from lctrain.model.head import unwrap
 from lctrain.model.install import attention_modules
 from lctrain.training.strategy import ShardedCheckpoints
