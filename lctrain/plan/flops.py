@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lctrain.attention.base import Attention, Layout, MaskedAttention
+from lctrain.attention.full import FullAttention
 
 SAMPLED_QUERIES = 64  # rows of the mask that stand for all when pairs are counted
 
@@ -71,19 +72,22 @@ def own_window(config: PreTrainedConfig, layer_idx: int) -> int | None:
     return window if window and (types is None or types[layer_idx] == "sliding_attention") else None
 
 
-def training_flops(model: nn.Module, method: Attention, length: int) -> float:
+def training_flops(model: nn.Module, method: Attention, length: int, teacher: bool = False) -> float:
     """FLOPs a token needs, forward and backward, at rows of `length`; recomputation is not counted.
 
     A linear layer with P weights: 2P forward, 2P for the gradient of its input, 2P for that of its weights if they
-    train. Attention over S keys: 4·H·D·S forward and twice that backward.
+    train. Attention over S keys: 4·H·D·S forward and twice that backward. A `teacher` is another forward in full
+    attention; hidden states are compared then, and the output head does not run.
     """
     linear = trained = 0
+    head = model.get_output_embeddings() if teacher else None  # type: ignore[operator]
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module is not head:
             linear += module.weight.numel()
             trained += module.weight.numel() * module.weight.requires_grad
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    return 4 * linear + 2 * trained + 3 * attention_flops(config, method, length)
+    taught = 2 * linear + attention_flops(config, FullAttention(), length) if teacher else 0.0
+    return 4 * linear + 2 * trained + 3 * attention_flops(config, method, length) + taught
 
 
 def attention_flops(config: Any, method: Attention, length: int) -> float:

@@ -70,6 +70,7 @@ class Step:
     num_devices: int
     sequence_parallel_size: int = 1  # of them have a part of each row
     fused_loss: bool = False  # Liger's, else tiles
+    num_compared: int = 0  # states of a teacher, in place of the head's loss
 
 
 def step_memory(
@@ -124,9 +125,12 @@ def _simulate(model: PreTrainedModel, step: Step) -> tuple[int, int, int, int]:
             forward = storages.live
         casts = forward - storages.restart()  # autocast's copies of the weights, which it drops after the loss
         kept = forward - casts
-        loss = casts + (
-            _fused_loss(model, hidden) if step.fused_loss else _loss(model, hidden, step.autocast, storages)
-        )
+        if step.num_compared:
+            loss = casts + _distance(hidden, step.num_compared)
+        elif step.fused_loss:
+            loss = casts + _fused_loss(model, hidden)
+        else:
+            loss = casts + _loss(model, hidden, step.autocast, storages)
         storages.restart()
         if hidden.requires_grad:
             hidden.backward(torch.empty_like(hidden))
@@ -154,6 +158,14 @@ def _loss(model: PreTrainedModel, hidden: Tensor, autocast: bool, storages: "_St
         return most(num_tokens)
     two, three = most(2 * tile), most(3 * tile)
     return int(two + (three - two) * (num_tokens - 2 * tile) // tile)
+
+
+def _distance(hidden: Tensor, num_compared: int) -> int:
+    """Teacher's and student's states where every token has a label, and of one of them both and a difference in fp32.
+
+    The teacher's forward keeps nothing else, and is over before the student's begins.
+    """
+    return hidden.numel() * (2 * hidden.itemsize * num_compared + 3 * 4)
 
 
 def _fused_loss(model: PreTrainedModel, hidden: Tensor) -> int:

@@ -128,11 +128,11 @@ def plan(cfg: DictConfig) -> Plan:
 
 def _stage(cfg: DictConfig, recipe: ModelRecipe, model: nn.Module, length: int, num_steps: int) -> Stage:
     assert isinstance(recipe.memory, Savings)
-    seconds = None
+    seconds, teacher = None, bool(_num_compared(cfg, recipe))
     if _device_type(cfg) == "cuda":
         fp8 = recipe.precision == "fp8"
-        seconds = work(model, recipe.attention, length, recipe.memory, fp8).seconds(cfg.device)
-    flops = training_flops(model, recipe.attention, length)
+        seconds = work(model, recipe.attention, length, recipe.memory, fp8, teacher).seconds(cfg.device)
+    flops = training_flops(model, recipe.attention, length, teacher)
     return Stage(length=length, num_steps=num_steps, flops_per_token=flops, seconds_per_token=seconds)
 
 
@@ -158,7 +158,7 @@ def resolve(
 
 def _step(cfg: DictConfig, recipe: ModelRecipe, length: int, num_devices: int) -> Step:
     """What a micro-batch of rows of `length` is."""
-    device_type = _device_type(cfg)
+    device_type, num_compared = _device_type(cfg), _num_compared(cfg, recipe)
     return Step(
         rows=-(-cfg.datamodule.micro_batch_size * cfg.sequence_length // length),
         length=length,
@@ -166,7 +166,8 @@ def _step(cfg: DictConfig, recipe: ModelRecipe, length: int, num_devices: int) -
         autocast=cfg.trainer.precision == "bf16-mixed" or recipe.autocasts(),
         num_devices=num_devices,
         sequence_parallel_size=cfg.sequence_parallel_size,
-        fused_loss=cfg.objective.loss != "tiled" and device_type == "cuda",
+        fused_loss=not num_compared and cfg.objective.loss != "tiled" and device_type == "cuda",
+        num_compared=num_compared,
     )
 
 
@@ -199,6 +200,12 @@ def _memory_of(
         dropout=recipe.drops_out(),
     )
     return replace(recipe, memory=chosen), memory
+
+
+def _num_compared(cfg: DictConfig, recipe: ModelRecipe) -> int:
+    """States of a teacher that a step keeps; 0 without one."""
+    num_layers = recipe.config().get_text_config().num_hidden_layers
+    return int(instantiate(cfg.objective, _convert_="all").num_compared(num_layers))
 
 
 def _device_type(cfg: DictConfig) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lctrain.attention.base import Attention
+from lctrain.attention.full import FullAttention
 from lctrain.errors import InputError
 from lctrain.kernels.fp8 import FP8Linear
 from lctrain.memory.savings import Savings
@@ -37,8 +38,8 @@ class Work:
         return products / peak + self.moved / BANDWIDTH
 
 
-def work(model: nn.Module, method: Attention, length: int, savings: Savings, fp8: bool) -> Work:
-    """What a token of a row of `length` costs a tuned model with these savings."""
+def work(model: nn.Module, method: Attention, length: int, savings: Savings, fp8: bool, teacher: bool = False) -> Work:
+    """What a token of a row of `length` costs a tuned model with these savings, and a teacher's forward before it."""
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
     counts = savings.resolve(config.num_hidden_layers)
     share = int(counts.checkpoint_layers) / config.num_hidden_layers
@@ -56,12 +57,14 @@ def work(model: nn.Module, method: Attention, length: int, savings: Savings, fp8
     last = config.hidden_size * config.intermediate_size * config.num_hidden_layers  # no one needs its output again
     passes = 2 + again
     layers = 2 * (passes * (frozen + trained) + share * (frozen + trained - last))
-    attention = attention_flops(config, method, length)
+    if teacher:
+        layers, head = layers + 2 * (frozen + trained), 0
+    attention, full = attention_flops(config, method, length), attention_flops(config, FullAttention(), length)
     unsaved = share - int(counts.save_attention) / config.num_hidden_layers
     width = config.hidden_size + config.intermediate_size
     return Work(
         matrix=2 * trained + 4 * head + (0 if fp8 else layers),
         fp8=layers if fp8 else 0,
-        attention=attention * (1 + BACKWARD + unsaved + again),
-        moved=2 * MOVED * width * config.num_hidden_layers * (1 + again / 3),
+        attention=attention * (1 + BACKWARD + unsaved + again) + full * teacher,
+        moved=2 * MOVED * width * config.num_hidden_layers * (1 + again / 3 + teacher / 3),
     )

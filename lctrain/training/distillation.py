@@ -59,6 +59,9 @@ class Distillation(Objective):
             )
         check_teacher(recipe)
 
+    def num_compared(self, num_layers: int) -> int:
+        return num_layers if self.layers == "all" else 1
+
     def __call__(self, model: PreTrainedModel | PeftModel, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
         valid_BL = batch["labels"] != IGNORED
         with teaching(model):  # first: the student's forward is what the backward expects to be the last

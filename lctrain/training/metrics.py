@@ -102,7 +102,8 @@ class Metrics(Callback):
 
     def _record(self, trainer: Trainer, module: Any, length: int, elapsed: float) -> None:
         if length not in self._flops_per_token:
-            self._flops_per_token[length] = training_flops(module.model, module.recipe.attention, length)
+            taught = bool(module.objective.num_compared(1))
+            self._flops_per_token[length] = training_flops(module.model, module.recipe.attention, length, taught)
         flops = self._flops_per_token[length] * self._step_tokens
         loss = float(self._loss)
         self.last = {

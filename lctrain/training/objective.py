@@ -27,6 +27,10 @@ class Objective(ABC):
     def check(self, device: torch.device, recipe: ModelRecipe) -> None:  # noqa: B027 - most run anywhere
         """Raise InputError if the objective can't run there, or on such a model."""
 
+    def num_compared(self, num_layers: int) -> int:
+        """How many of a teacher's states a step keeps; 0 where there is no teacher."""
+        return 0
+
     @abstractmethod
     def __call__(self, model: PreTrainedModel | PeftModel, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """The terms of the loss by name, each the sum over a micro-batch's valid tokens, fp32; their sum trains."""

@@ -10,11 +10,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lctrain.attention.duo import DuoAttention
 from lctrain.attention.full import FullAttention
 from lctrain.attention.shifted_sparse import ShiftedSparseAttention
 from lctrain.attention.sliding_window import SlidingWindowAttention
 from lctrain.config import compose
 from lctrain.errors import InputError
+from lctrain.model.head import unwrap
+from lctrain.model.install import attention_modules
 from lctrain.model.tuning import FullTuning, LoRATuning, ModuleTuning, Tuning
 from lctrain.plan.flops import training_flops
 from lctrain.plan.memory import Memory, Step, step_memory
@@ -55,7 +58,11 @@ def memory(
 ) -> Memory:
     model = llama(tuning or FullTuning(), "meta", dtype, checkpointing, **(shape or {}))
     given = {"rows": 1, "length": LENGTH, "kernel": "flex", "autocast": False, "num_devices": 1} | step
-    return step_memory(model, method or FullAttention(), Step(**given), optimizer)
+    method = method or FullAttention()
+    with torch.device("meta"):
+        for module in attention_modules(unwrap(model)):
+            method.equip(module, model.config)
+    return step_memory(model, method, Step(**given), optimizer)
 
 
 def saved_bytes(model: Any, autocast: bool) -> int:
@@ -162,6 +169,28 @@ def test_masks_cost_by_kernel_and_pattern():
     assert per_head - flex == (SHAPE["num_attention_heads"] - 1) * tables
 
 
+DUO = DuoAttention(num_sink_tokens=4, recent_size=60, initial_gate=1.0, clamp=True)
+
+
+def test_two_branches_keep_two_outputs():
+    """Of each layer another output [B, L, H, D] and its log-sum-exp, and their mixture; of q, k, v nothing more."""
+    per_layer = LENGTH * (2 * SHAPE["hidden_size"] + SHAPE["num_attention_heads"]) * 4
+    more = memory(method=DUO).activations - memory().activations
+    assert more == pytest.approx(per_layer * SHAPE["num_hidden_layers"], rel=0.05)
+
+
+def test_a_teacher_costs_its_forward_and_what_is_compared():
+    model = llama(FullTuning(), "meta")
+    head = SHAPE["vocab_size"] * SHAPE["hidden_size"]
+    alone = training_flops(model, FullAttention(), LENGTH)
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)) - head
+    attention = 4 * SHAPE["hidden_size"] * SHAPE["num_hidden_layers"] * (LENGTH + 1) / 2
+    taught = training_flops(model, FullAttention(), LENGTH, teacher=True)
+    assert taught == pytest.approx(alone - 6 * head + 2 * linear + attention, rel=1e-3)
+    one, all_layers = (memory(num_compared=n).loss for n in (1, 2))
+    assert all_layers - one == 2 * LENGTH * SHAPE["hidden_size"] * 4
+
+
 def test_a_kernel_that_holds_every_score_is_not_planned():
     with pytest.raises(InputError, match="kernel=reference"):
         memory(kernel="reference")
@@ -189,6 +218,15 @@ def test_flops_by_hand():
     model.config = LlamaConfig(hidden_size=8, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=1)
     # 2 · 128 weights: 4 each, 2 more for those that train; 3 · 4 · 2 heads · 4 · (1 + 2 + 3 + 4) / 4 keys
     assert training_flops(model, FullAttention(), 4) == 4 * 256 + 2 * 128 + 12 * 8 * 2.5
+
+
+def test_gate_training_plans():
+    duo = ["attention=duo", "attention.num_sink_tokens=4", "attention.recent_size=60", "tuning=gates"]
+    duo += ["model.architecture.num_key_value_heads=2"]
+    one, every = (tiny(*duo, "objective=duo", f"objective.layers={layers}") for layers in ("last", "all"))
+    assert one.trainable == 2 * 2
+    assert every.memory.loss > one.memory.loss
+    assert one.stages[0].flops_per_token > tiny(*duo).stages[0].flops_per_token
 
 
 RECIPES = ["longlora_7b_32k", "longlora_7b_100k", "prolong_8b_64k", "prolong_8b_512k", "sft_longalpaca"]
