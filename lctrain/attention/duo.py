@@ -52,11 +52,15 @@ class DuoAttention(Attention):
         self, module: nn.Module, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, layout: Layout, run: Run
     ) -> Tensor:
         full, streaming = (run(pattern, q_BHLD, k_BKSD, v_BKSD) for pattern in (self.full, self.streaming))
+        return self.mix(module, full, streaming, layout)
+
+    def mix(self, module: nn.Module, full_BHLD: Tensor, streaming_BHLD: Tensor, layout: Layout) -> Tensor:
+        """Both branches by the gates of `module`, for the heads that are here."""
         gates_K = module.get_parameter(GATES)
         gates_H = gates_K.repeat_interleave(layout.num_attention_heads // gates_K.numel())
-        gate = gates_H[layout.first_head : layout.first_head + q_BHLD.shape[1], None, None]
+        gate = gates_H[layout.first_head : layout.first_head + full_BHLD.shape[1], None, None]
         # In the gate's fp32: its gradient is the difference of two sums over all tokens, which bf16 would drown.
-        return (gate * full + (1 - gate) * streaming).to(full.dtype)
+        return (gate * full_BHLD + (1 - gate) * streaming_BHLD).to(full_BHLD.dtype)
 
     def parts(self, layout: Layout) -> Sequence[tuple[MaskedAttention, int]]:
         return [(self.full, layout.num_attention_heads), (self.streaming, layout.num_attention_heads)]

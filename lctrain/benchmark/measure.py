@@ -48,13 +48,13 @@ class _Clock(Callback):
         self._start = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        _synchronize(pl_module.device)
+        synchronize(pl_module.device)
         self._start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        _synchronize(pl_module.device)
+        synchronize(pl_module.device)
         self.seconds.append(time.perf_counter() - self._start)
         self.loss = float(outputs["loss"])
 
@@ -79,7 +79,7 @@ def measure(
     memory_used = module.recipe.memory
     module.recipe.check([length], device.type)
     module.check(device)
-    _forget(device)
+    forget(device)
     torch.manual_seed(cfg.seed)
     try:
         batches: Any = _batches(module.recipe, length, warm_up + num_steps)
@@ -90,7 +90,7 @@ def measure(
     finally:
         trainer.strategy.teardown()
         del module, trainer
-        _forget(device)
+        forget(device)
     if not isfinite(clock.loss):
         raise RunError(f"the loss at {length} tokens is {clock.loss}")
     return Measured(
@@ -141,12 +141,14 @@ def _batches(recipe: Any, length: int, num_steps: int) -> list[Batch]:
     ]
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """What was asked of the device is done on return."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _forget(device: torch.device) -> None:
+def forget(device: torch.device) -> None:
+    """What nobody holds any more is free, and peaks are counted anew."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

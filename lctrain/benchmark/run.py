@@ -2,6 +2,7 @@
 
 from omegaconf import DictConfig
 
+from lctrain.benchmark.gates import gates
 from lctrain.benchmark.kernels import kernels
 from lctrain.benchmark.length import length
 from lctrain.benchmark.overhead import overhead
@@ -10,7 +11,7 @@ from lctrain.benchmark.trace import trace
 from lctrain.config import nearest
 from lctrain.errors import InputError
 
-COMPARISONS = {"overhead": overhead, "kernels": kernels, "step": step, "length": length, "trace": trace}
+COMPARISONS = {"overhead": overhead, "kernels": kernels, "step": step, "length": length, "trace": trace, "gates": gates}
 
 
 def main(cfg: DictConfig) -> None:

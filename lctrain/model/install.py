@@ -249,15 +249,20 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     return modules
 
 
-def install(model: PreTrainedModel, method: Attention, kernel: str = "auto", ulysses: Ulysses | None = None) -> str:
-    """Make `model` attend by `method` on `kernel` from its next forward on.
+def install(
+    model: PreTrainedModel, method: Attention, kernel: str | Kernel = "auto", ulysses: Ulysses | None = None
+) -> str:
+    """Make `model` attend by `method` on `kernel`, a name or one of your own, from its next forward on.
 
     Registers a name of its own in transformers' interfaces, so models with different methods live side by side, and
     full attention on the same kernel beside it, for `full_attention`. The method's own parameters are added.
     Under `ulysses` its forwards take this rank's part of each row. Returns the name of the kernel that was chosen.
     Raises InputError if the kernel can't run, or the model's attention does not go through the interface.
     """
-    name, chosen = choose(kernel, demand(model.config, model.dtype, model.device.type))
+    if isinstance(kernel, Kernel):
+        name, chosen = type(kernel).__name__, kernel
+    else:
+        name, chosen = choose(kernel, demand(model.config, model.dtype, model.device.type))
     implementation = f"lctrain_{next(_serial)}"
     for suffix, each in (("", method), (_FULL, FullAttention())):
         installed = _Installed(each, chosen, ulysses)

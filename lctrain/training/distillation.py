@@ -67,11 +67,7 @@ class Distillation(Objective):
         with teaching(model):  # first: the student's forward is what the backward expects to be the last
             taught = self._states(model, batch, valid_BL)
         learned = self._states(model, batch, valid_BL)
-        losses: dict[str, Tensor] = {self.loss: self._distance(model, learned, taught)}
-        if self.gate_weight:
-            # Each valid token carries the term, so that the mean over the step's tokens has it once.
-            losses["gates"] = self.gate_weight * self._magnitude(model) * valid_BL.sum()
-        return losses
+        return {self.loss: self.distance(model, learned, taught), **self.gate_term(model, valid_BL)}
 
     def _states(self, model: PreTrainedModel | PeftModel, batch: Mapping[str, Any], valid_BL: Tensor) -> list[Tensor]:
         """What is compared, [N, D] a layer."""
@@ -86,16 +82,21 @@ class Distillation(Objective):
             return modules if self.layers == "all" else modules[-1:]
         return list(model.get_decoder().layers) if self.layers == "all" else []
 
-    def _distance(self, model: PreTrainedModel | PeftModel, learned: list[Tensor], taught: list[Tensor]) -> Tensor:
+    def distance(self, model: PreTrainedModel | PeftModel, learned: list[Tensor], taught: list[Tensor]) -> Tensor:
+        """Summed over tokens, of the student's and the teacher's states, [N, D] a layer."""
         if self.loss == "logit_kl":
             head = unwrap(model).get_output_embeddings()
             return linear_kl(learned[0], taught[0], head.weight, head.bias, softcap=softcap(model))
         squares = [(a.float() - b.float()).square().mean(-1).sum() for a, b in zip(learned, taught, strict=True)]
         return torch.stack(squares).mean()
 
-    def _magnitude(self, model: PreTrainedModel | PeftModel) -> Tensor:
+    def gate_term(self, model: PreTrainedModel | PeftModel, valid_BL: Tensor) -> dict[str, Tensor]:
+        """λ·Σ|α| for each valid token, so that the mean over a step's tokens has it once."""
+        if not self.gate_weight:
+            return {}
         gates = torch.cat([gate_K.abs() for gate_K in gates_of(model)])
-        return gates.sum() if self.gate_reduction == "sum" else gates.mean()
+        magnitude = gates.sum() if self.gate_reduction == "sum" else gates.mean()
+        return {"gates": self.gate_weight * magnitude * valid_BL.sum()}
 
 
 @contextmanager

@@ -1,0 +1,156 @@
+"""How fast gates train: tokens/s of `attention=duo` against the straightforward ways, on the same rows."""
+
+import time
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from lctrain.attention.duo import DuoAttention
+from lctrain.benchmark.measure import GIB, forget, synchronize
+from lctrain.benchmark.random_model import RandomModel
+from lctrain.benchmark.step import write
+from lctrain.benchmark.straightforward import ConcatenatedDistillation, ConcatenatedDuoAttention, DenseKernel
+from lctrain.data.batch import IGNORED, Batch
+from lctrain.errors import InputError
+from lctrain.memory.savings import Savings
+from lctrain.model.install import install
+from lctrain.model.recipe import ModelRecipe
+from lctrain.plan.run import resolve
+from lctrain.training.distillation import Distillation
+from lctrain.training.gates import gates_of
+from lctrain.training.module import LongContextModule
+
+EVERY_LAYER = Savings(checkpoint_layers="all", checkpoint_every=1, save_attention=0, offload=0, mlp_tile=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How one of them differs; the others recompute every layer, as the authors' code does."""
+
+    name: str
+    attention: type[DuoAttention] = DuoAttention
+    objective: type[Distillation] = Distillation
+    dense: bool = False
+
+
+WAYS = (
+    Way(name="lctrain"),
+    Way(name="two passes, dense masks", dense=True),
+    Way(name="[full; mixed] concatenated", attention=ConcatenatedDuoAttention, objective=ConcatenatedDistillation),
+)
+
+
+def gates(cfg: DictConfig) -> list[dict[str, Any]]:
+    """Medians over `num_steps` steps behind a first one. Writes gates.json into run_dir after every row."""
+    module: LongContextModule = instantiate(cfg.module, _convert_="all")
+    _check(cfg, module)
+    target, rows = Path(cfg.run_dir) / "gates.json", list[dict[str, Any]]()
+    for length in cfg.lengths:
+        for way in WAYS:
+            rows.append({"way": way.name, "length": length} | _measured(cfg, module, way, length))
+            write(target, rows)
+    _show(rows, target)
+    return rows
+
+
+def _check(cfg: DictConfig, module: LongContextModule) -> None:
+    for name in ("num_steps", "num_answer_tokens"):
+        if not isinstance(cfg[name], int) or cfg[name] < 1:
+            raise InputError(f"{name}={cfg[name]} must be a positive integer")
+    objective = module.objective
+    if not (isinstance(module.recipe.attention, DuoAttention) and isinstance(objective, Distillation)):
+        raise InputError("benchmark gates trains gates: give attention=duo tuning=gates objective=duo")
+    if (objective.loss, objective.layers) != ("hidden_state", "last"):
+        raise InputError("benchmark gates compares the last hidden states; use objective=duo as it is")
+
+
+def _measured(cfg: DictConfig, module: LongContextModule, way: Way, length: int) -> dict[str, Any]:
+    device = instantiate(cfg.trainer, logger=False, _convert_="all").strategy.root_device
+    forget(device)
+    try:
+        recipe = _recipe(cfg, module.recipe, way, device, length)
+        row = _train(cfg, module, recipe, way, _rows(cfg, recipe, device, length))
+    except torch.OutOfMemoryError:
+        return {"seconds": [], "error": "out of memory"}
+    peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
+    return row | {"device_memory": peak, "memory": str(recipe.memory)}
+
+
+def _recipe(cfg: DictConfig, recipe: ModelRecipe, way: Way, device: torch.device, length: int) -> RandomModel:
+    attention = way.attention(**{f.name: getattr(recipe.attention, f.name) for f in fields(DuoAttention)})
+    random = RandomModel.like(recipe, device, sequence_length=length, attention=attention)
+    random.check([length], device.type)
+    if way is not WAYS[0]:
+        return replace(random, memory=EVERY_LAYER)
+    row = OmegaConf.merge(cfg, {"sequence_length": length, "datamodule": {"micro_batch_size": 1}})
+    resolved = resolve(row, random, [length], device, 1)  # type: ignore[arg-type]
+    assert isinstance(resolved, RandomModel)
+    return resolved
+
+
+def _rows(cfg: DictConfig, recipe: ModelRecipe, device: torch.device, length: int) -> list[Batch]:
+    """One row of random tokens a step, of which the last have labels."""
+    generator = torch.Generator().manual_seed(cfg.seed)
+    vocab_size = recipe.config().get_text_config().vocab_size
+    ids = torch.randint(0, vocab_size, (1 + cfg.num_steps, 1, length), generator=generator).to(device)
+    unlabelled = torch.arange(length, device=device) < length - cfg.num_answer_tokens
+    positions = torch.arange(length, device=device)[None]
+    return [{"input_ids": i, "labels": i.masked_fill(unlabelled, IGNORED), "position_ids": positions} for i in ids]
+
+
+def _train(
+    cfg: DictConfig, module: LongContextModule, recipe: RandomModel, way: Way, batches: list[Batch]
+) -> dict[str, Any]:
+    """A plain loop of whole steps, the same for all ways. The first is not timed; its loss and gradients are kept."""
+    torch.manual_seed(cfg.seed)
+    model: PreTrainedModel = recipe.build(recipe.device)  # type: ignore[assignment]
+    if way.dense:
+        install(model, recipe.attention, DenseKernel())
+    assert isinstance(module.objective, Distillation)
+    objective = way.objective(**{f.name: getattr(module.objective, f.name) for f in fields(Distillation)})
+    optimizer, seconds, first = module.make_optimizer(gates_of(model)), list[float](), dict[str, Any]()
+    for batch in batches:
+        start = _now(recipe.device)
+        with torch.autocast(recipe.device.type, torch.bfloat16, enabled=recipe.autocasts()):
+            terms = objective(model.train(), batch)
+        loss = sum(terms.values(), torch.zeros((), device=recipe.device)) / cfg.num_answer_tokens
+        loss.backward()
+        first = first or {
+            "loss": float(loss.detach()),
+            "gradients": [gate_K.grad.tolist() for gate_K in gates_of(model)],
+        }  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(_now(recipe.device) - start)
+    return {"seconds": seconds[1:], **first}
+
+
+def _now(device: torch.device) -> float:
+    synchronize(device)
+    return time.perf_counter()
+
+
+def _rate(row: dict[str, Any]) -> float:
+    return float(row["length"] / median(row["seconds"]))
+
+
+def _show(rows: list[dict[str, Any]], target: Path) -> None:
+    table = Table("way", "tokens", "tokens/s", "lctrain's is", "GiB", "memory")
+    ours = {row["length"]: _rate(row) for row in rows if row["way"] == WAYS[0].name and row["seconds"]}
+    for row in rows:
+        if not row["seconds"]:
+            table.add_row(row["way"], f"{row['length']:,}", row["error"])
+            continue
+        ratio = f"{ours[row['length']] / _rate(row):.2f}×" if row["length"] in ours else ""
+        memory = f"{row['device_memory']:.1f}", row["memory"]
+        table.add_row(row["way"], f"{row['length']:,}", f"{_rate(row):,.0f}", ratio, *memory)
+    Console().print(table)
+    print(target)

@@ -1,0 +1,64 @@
+"""The straightforward ways to train gates, to measure ours against: the same losses and gradients at another cost.
+
+Shape legend: B batch, H query heads, K key-value heads, L queries, S keys, D head dim.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lctrain.attention.base import Layout, Run
+from lctrain.attention.duo import DuoAttention
+from lctrain.kernels.base import Demand, Kernel
+from lctrain.kernels.mask import Mask
+from lctrain.model.head import IGNORED, hidden_states
+from lctrain.training.distillation import Distillation
+
+
+class DenseKernel(Kernel):
+    """Every pattern as a mask of all pairs for scaled_dot_product_attention: each costs what full attention costs."""
+
+    @classmethod
+    def refusal(cls, demand: Demand) -> str | None:
+        return None
+
+    def prepare(self, mask: Mask) -> Tensor:
+        return mask.evaluate(slice(0, mask.q_length), slice(0, mask.kv_length))
+
+    def attend(
+        self, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, prepared: Tensor, *, scaling: float, softcap: float | None
+    ) -> Tensor:
+        # torch's kernels that take a mask take no fewer key-value heads than query heads.
+        k_BHSD, v_BHSD = (x.repeat_interleave(q_BHLD.shape[1] // x.shape[1], dim=1) for x in (k_BKSD, v_BKSD))
+        return F.scaled_dot_product_attention(q_BHLD, k_BHSD, v_BHSD, attn_mask=prepared, scale=scaling)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConcatenatedDuoAttention(DuoAttention):
+    """[full; mixed] in one batch, as the authors' code: the first half of the rows is the teacher's."""
+
+    def attend(
+        self, module: nn.Module, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, layout: Layout, run: Run
+    ) -> Tensor:
+        full = run(self.full, q_BHLD, k_BKSD, v_BKSD)
+        mixed = slice(q_BHLD.shape[0] // 2, None)
+        streaming = run(self.streaming, q_BHLD[mixed], k_BKSD[mixed], v_BKSD[mixed])
+        return torch.cat([full[: mixed.start], self.mix(module, full[mixed], streaming, layout)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConcatenatedDistillation(Distillation):
+    """The distance between the halves of a batch in which every row stands twice."""
+
+    def __call__(self, model: PreTrainedModel | PeftModel, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        valid_BL = batch["labels"] != IGNORED
+        ids, positions = (batch[name].repeat(2, 1) for name in ("input_ids", "position_ids"))
+        taught, learned = (half[valid_BL] for half in hidden_states(model, ids, positions).chunk(2))
+        losses = {self.loss: self.distance(model, [learned], [taught.detach()])}
+        return losses | self.gate_term(model, valid_BL)
