@@ -6,12 +6,21 @@ from lctrain.benchmark.gates import gates
 from lctrain.benchmark.kernels import kernels
 from lctrain.benchmark.length import length
 from lctrain.benchmark.overhead import overhead
+from lctrain.benchmark.serve import serve
 from lctrain.benchmark.step import step
 from lctrain.benchmark.trace import trace
 from lctrain.config import nearest
 from lctrain.errors import InputError
 
-COMPARISONS = {"overhead": overhead, "kernels": kernels, "step": step, "length": length, "trace": trace, "gates": gates}
+COMPARISONS = {
+    "overhead": overhead,
+    "kernels": kernels,
+    "step": step,
+    "length": length,
+    "gates": gates,
+    "serve": serve,
+    "trace": trace,
+}
 
 
 def main(cfg: DictConfig) -> None:

@@ -106,12 +106,12 @@ def ask_peer(cfg: DictConfig, peer: str, attention: str) -> Iterator[dict[str, A
         yield {"stack": peer, "attention": attention, "tuning": "lora", "precision": None} | answer
 
 
-def write(target: Path, rows: list[dict[str, Any]]) -> None:
-    """Rows with what they were measured on, as JSON."""
+def write(target: Path, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Rows with what they were measured on, and more, as JSON."""
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     versions = {name: _version(name) for name in PACKAGES}
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps({"device": card, "versions": versions, "rows": rows}, indent=2) + "\n")
+    target.write_text(json.dumps({"device": card, "versions": versions, "rows": rows} | more, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:

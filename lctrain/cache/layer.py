@@ -44,7 +44,7 @@ class CacheLayer(CacheLayerMixin):
     def __init__(self, parts: Sequence[Part]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.parts = parts
-        self._length = 0
+        self.length = 0
 
     @property
     def keeps_all(self) -> bool:
@@ -70,7 +70,7 @@ class CacheLayer(CacheLayerMixin):
         return attend() if (wrap := around.get()) is None else wrap(attend, q_BHLD)
 
     def _attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, forward: Forward) -> Tensor:
-        start, self._length = self._length, self._length + k_BKLD.shape[2]
+        start, self.length = self.length, self.length + k_BKLD.shape[2]
         if len(self.parts) == 1:
             return self.parts[0].store.attend(q_BHLD, k_BKLD, v_BKLD, start, forward)
         q_BKGLD = q_BHLD.unflatten(1, (k_BKLD.shape[1], -1))
@@ -91,17 +91,17 @@ class CacheLayer(CacheLayerMixin):
         return out_BKGLD.flatten(1, 2)
 
     def get_seq_length(self) -> int:
-        return self._length
+        return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """As if everything were kept: masks tell which of all tokens are padding."""
-        return self._length + query_length, 0
+        return self.length + query_length, 0
 
     def get_max_length(self) -> int:
         return -1
 
     def reset(self) -> None:
-        self._length = 0
+        self.length = 0
         for part in self.parts:
             part.store.keys = part.store.values = None
 
@@ -118,7 +118,7 @@ class CacheLayer(CacheLayerMixin):
         """Takes back the last tokens, given as a negative number."""
         if tokens_to_remove:
             self.activate_past_recording()
-            self._length -= abs(tokens_to_remove)
+            self.length -= abs(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

@@ -1,0 +1,242 @@
+"""What a head pattern saves when a model is served: full attention's cache against DuoAttention's, in one run.
+
+Costs do not depend on what a model knows: weights, tokens and the pattern are random.
+"""
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from transformers import Cache, PreTrainedModel
+
+from lctrain.attention.full import FullAttention
+from lctrain.benchmark.random_model import RandomModel
+from lctrain.benchmark.step import write
+from lctrain.cache.base import CachePolicy, prefill
+from lctrain.cache.duo import DuoCache
+from lctrain.cache.full import FullCache
+from lctrain.cache.layer import CacheLayer
+from lctrain.errors import InputError
+from lctrain.heads import HeadPattern
+from lctrain.memory.savings import NOTHING
+from lctrain.model.decode import GreedyDecoder
+from lctrain.model.tuning import Frozen
+
+GIB = 2**30
+WARM_UP = 3  # decoded tokens that are not timed: the first runs as it is, the second captures
+SHRINK = 0.99  # of a length that did not fit, the next that is tried
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """One row of `length` tokens. Memory is the device's; 0 where it does not tell."""
+
+    cache: str
+    length: int
+    filled: str  # how the cache came to its tokens: all read in chunks, or random numbers but for the last chunk
+    kv_gib: float
+    peak_gib: float
+    prefill_seconds: float | None
+    decode_seconds: float  # median of a token's
+    eager_seconds: float  # the same without CUDA graphs
+
+
+def serve(cfg: DictConfig) -> list[dict[str, Any]]:
+    """Each cache at `serve.lengths`, then at the longest that fits. Writes serve.json into run_dir after every row."""
+    target = Path(cfg.run_dir) / "serve.json"
+    device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
+    if cfg.serve.longest and device.type == "cpu":
+        raise InputError("the longest row that fits is measured on a CUDA device; set serve.longest=false")
+    recipe = RandomModel.like(
+        instantiate(cfg.model, _convert_="all"), device, attention=FullAttention(), tuning=Frozen(), memory=NOTHING
+    )
+    policies = _policies(cfg, recipe)
+    recipe.check([max(cfg.serve.lengths)], device.type)
+    torch.manual_seed(cfg.seed)
+    bench = _Bench(cfg, recipe.build(device).eval())
+    settings = OmegaConf.to_container(cfg.serve)
+    rows: list[dict[str, Any]] = []
+    for row in bench.rows(policies):
+        rows.append(asdict(row))
+        write(target, rows, ratios=ratios(rows), settings=settings, weights_gib=bench.weights_gib)
+    show(rows, target)
+    return rows
+
+
+def _policies(cfg: DictConfig, recipe: RandomModel) -> dict[str, CachePolicy]:
+    """Checked against the shortest row: streaming heads must have something to forget."""
+    config = recipe.config().get_text_config()
+    gates = torch.rand(
+        config.num_hidden_layers, config.num_key_value_heads, generator=torch.Generator().manual_seed(cfg.seed)
+    )
+    pattern = HeadPattern.from_gates(
+        gates,
+        streaming_share=cfg.serve.streaming_share,
+        num_sink_tokens=cfg.serve.num_sink_tokens,
+        recent_size=cfg.serve.recent_size,
+    )
+    policies: dict[str, CachePolicy] = {"full": FullCache(), "duo": DuoCache(pattern=pattern, positions="text")}
+    for policy in policies.values():
+        policy.check(config, min(cfg.serve.lengths))
+    return policies
+
+
+class _Bench:
+    """A model, and what is asked of it."""
+
+    def __init__(self, cfg: DictConfig, model: Any) -> None:
+        self._cfg = cfg.serve
+        self._model: PreTrainedModel = model
+        self._cuda = model.device.type == "cuda"
+        self.weights_gib = sum(p.numel() * p.element_size() for p in model.parameters()) / GIB
+
+    def rows(self, policies: dict[str, CachePolicy]) -> Iterator[Served]:
+        """Both caches at each length, ascending; the longest at the end."""
+        overhead: dict[str, float] = {}
+        for name, policy in policies.items():  # kernels are compiled, for the shapes of a first and a later chunk
+            self._read(name, policy, 2 * self._cfg.chunk_size)
+        for length in sorted(self._cfg.lengths):
+            for name, policy in policies.items():
+                row = self._read(name, policy, length)
+                overhead[name] = row.peak_gib - row.kv_gib
+                yield row
+        if self._cfg.longest:
+            for name, policy in policies.items():
+                yield self._longest(name, policy, overhead[name])
+
+    def _read(self, name: str, policy: CachePolicy, length: int) -> Served:
+        """A prompt of this length, whole."""
+        self._forget()
+        cache, tokens = policy.new(self._model, length + self._room), self._tokens(length + 1)
+        start = self._now()
+        prefill(self._model, tokens, None, cache, self._cfg.chunk_size)
+        return self._decode(name, cache, tokens[:, -1:], "read", self._now() - start)
+
+    def _longest(self, name: str, policy: CachePolicy, overhead: float) -> Served:
+        """As long as memory allows, foretold from shorter rows and tried: the cache is filled, one chunk is read."""
+        self._forget()
+        free = torch.cuda.mem_get_info()[0] / GIB + self.weights_gib - overhead
+        length = int(free * GIB / self._num_bytes(policy, 2**20) * 2**20)
+        while True:
+            with suppress(torch.OutOfMemoryError):
+                return self._filled(name, policy, length)
+            length = int(length * SHRINK)
+
+    def _filled(self, name: str, policy: CachePolicy, length: int) -> Served:
+        """Random keys and values, and the last chunk read behind them."""
+        self._forget()
+        cache, tokens = policy.new(self._model, length + self._room), self._tokens(length + 1)
+        prefill(self._model, tokens[:, :2], None, cache, None)  # makes the buffers
+        for layer in _layers(cache):
+            layer.length = length - self._cfg.chunk_size
+            for part in layer.parts:
+                assert part.store.keys is not None
+                assert part.store.values is not None
+                part.store.keys.normal_()
+                part.store.values.normal_()
+        prefill(self._model, tokens, None, cache, self._cfg.chunk_size)
+        return self._decode(name, cache, tokens[:, -1:], "random", None)
+
+    def _decode(self, name: str, cache: Cache, last: torch.Tensor, filled: str, seconds: float | None) -> Served:
+        length, peak = cache.get_seq_length(), torch.cuda.max_memory_allocated() / GIB if self._cuda else 0.0
+        eager = self._token_seconds(GreedyDecoder(self._model, cache, last, graphs=False))
+        captured = self._token_seconds(GreedyDecoder(self._model, cache, last, graphs=True)) if self._cuda else eager
+        return Served(
+            cache=name,
+            length=length,
+            filled=filled,
+            kv_gib=held_bytes(cache) / GIB,
+            peak_gib=peak,
+            prefill_seconds=seconds,
+            decode_seconds=captured,
+            eager_seconds=eager,
+        )
+
+    def _token_seconds(self, step: GreedyDecoder) -> float:
+        for _ in range(WARM_UP):
+            step()
+        times = []
+        for _ in range(self._cfg.num_tokens):
+            start = self._now()
+            step()
+            times.append(self._now() - start)
+        return median(times)
+
+    @property
+    def _room(self) -> int:
+        """For the tokens that are decoded."""
+        return 2 * (WARM_UP + int(self._cfg.num_tokens))
+
+    def _num_bytes(self, policy: CachePolicy, length: int) -> int:
+        return policy.num_bytes(self._model.config, length, 1, self._model.dtype)
+
+    def _tokens(self, length: int) -> torch.Tensor:
+        return torch.randint(self._model.config.get_text_config().vocab_size, (1, length), device=self._model.device)
+
+    def _now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _forget(self) -> None:
+        gc.collect()
+        if self._cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def _layers(cache: Cache) -> Iterator[CacheLayer]:
+    for layer in cache.layers:
+        assert isinstance(layer, CacheLayer)
+        yield layer
+
+
+def held_bytes(cache: Cache) -> int:
+    """Of the storages that hold keys and values."""
+    stores = [part.store for layer in _layers(cache) for part in layer.parts]
+    return sum(x.untyped_storage().nbytes() for store in stores for x in (store.keys, store.values) if x is not None)
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Duo beside full at each length: memory as a share, times as how much faster; of the longest, how much longer."""
+    full, duo = ([row for row in rows if row["cache"] == name] for name in ("full", "duo"))
+    compared = []
+    for a, b in zip(full, duo, strict=False):
+        if a["filled"] == "random":
+            compared.append({"longest": b["length"] / a["length"]})
+            continue
+        memory = {name: b[name] / a[name] for name in ("kv_gib", "peak_gib") if a[name]}
+        speed = {name: a[name] / b[name] for name in ("prefill_seconds", "decode_seconds", "eager_seconds")}
+        compared.append({"length": a["length"]} | memory | speed)
+    return compared
+
+
+def show(rows: list[dict[str, Any]], target: Path) -> None:
+    """The rows, and the ratios below them."""
+    names = ("cache", "tokens", "KV GiB", "peak GiB", "prefill s", "decode ms", "without graphs ms")
+    table = Table(*names, caption="a star: the cache was filled with random numbers, but for the last chunk")
+    for row in rows:
+        table.add_row(
+            row["cache"],
+            f"{row['length']:,}{'*' if row['filled'] == 'random' else ''}",
+            f"{row['kv_gib']:.3f}",
+            f"{row['peak_gib']:.2f}",
+            "" if row["prefill_seconds"] is None else f"{row['prefill_seconds']:.2f}",
+            f"{1000 * row['decode_seconds']:.2f}",
+            f"{1000 * row['eager_seconds']:.2f}",
+        )
+    console = Console()
+    console.print(table)
+    for ratio in ratios(rows):
+        console.print("duo / full:", ", ".join(f"{name} {value:,.4g}" for name, value in ratio.items()))
+    print(target)
