@@ -4,6 +4,7 @@
   kernels    every attention pattern against full causal attention, by the pairs of tokens it needs (CUDA)
   step       whole training steps by length, attention and tuning, with random weights, beside peer=trl or assembly
   length     peak memory by length with each saving alone, up to the first that does not fit
+  retrieval  recall and perplexity with a learned head pattern, by the share of heads that stream, beside random heads
   trace      a profile of one step: the device's busy share, the longest kernels, waits and compilations
 
 Prints a table and writes overhead.json, kernels.json … into run_dir. Takes every group and option of `lctrain train`.
@@ -14,6 +15,7 @@ examples:
   lctrain benchmark overhead model.path=<folder or hub id>
   lctrain benchmark step model=llama3_8b model.dtype=bfloat16 tuning=lora memory=auto trainer.accelerator=auto peer=trl
   lctrain benchmark length model=llama3_8b model.dtype=bfloat16 tuning=lora trainer.accelerator=auto
+  lctrain benchmark retrieval model.path=<folder> retrieval.pattern=<folder> evaluation=default sequence_length=8192
   lctrain benchmark kernels kernels.lengths=[16384,131072] kernel=flash
 """
 

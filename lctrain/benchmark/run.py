@@ -5,12 +5,20 @@ from omegaconf import DictConfig
 from lctrain.benchmark.kernels import kernels
 from lctrain.benchmark.length import length
 from lctrain.benchmark.overhead import overhead
+from lctrain.benchmark.retrieval import retrieval
 from lctrain.benchmark.step import step
 from lctrain.benchmark.trace import trace
 from lctrain.config import nearest
 from lctrain.errors import InputError
 
-COMPARISONS = {"overhead": overhead, "kernels": kernels, "step": step, "length": length, "trace": trace}
+COMPARISONS = {
+    "overhead": overhead,
+    "kernels": kernels,
+    "step": step,
+    "length": length,
+    "trace": trace,
+    "retrieval": retrieval,
+}
 
 
 def main(cfg: DictConfig) -> None:
