@@ -6,6 +6,7 @@
   length     peak memory by length with each saving alone, up to the first that does not fit
   gates      training DuoAttention's gates against two passes with dense masks and against one of both rows together
   serve      a full cache against DuoAttention's: memory, prefill, decoding, the longest row that fits
+  retrieval  recall and perplexity with a learned head pattern, by the share of heads that stream, beside random heads
   trace      a profile of one step: the device's busy share, the longest kernels, waits and compilations
 
 Prints a table and writes overhead.json, kernels.json … into run_dir. Takes every group and option of `lctrain train`.
@@ -19,6 +20,7 @@ examples:
   lctrain benchmark gates model=llama3_8b model.dtype=bfloat16 attention=duo tuning=gates objective=duo memory=auto \
     lengths=[32768] num_steps=3 trainer.accelerator=auto
   lctrain benchmark serve model=llama3_8b trainer.accelerator=auto model.dtype=bfloat16
+  lctrain benchmark retrieval model.path=<folder> retrieval.pattern=<folder> evaluation=default sequence_length=8192
   lctrain benchmark kernels kernels.lengths=[16384,131072] kernel=flash
 """
 

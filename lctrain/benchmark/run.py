@@ -6,6 +6,7 @@ from lctrain.benchmark.gates import gates
 from lctrain.benchmark.kernels import kernels
 from lctrain.benchmark.length import length
 from lctrain.benchmark.overhead import overhead
+from lctrain.benchmark.retrieval import retrieval
 from lctrain.benchmark.serve import serve
 from lctrain.benchmark.step import step
 from lctrain.benchmark.trace import trace
@@ -20,6 +21,8 @@ COMPARISONS = {
     "gates": gates,
     "serve": serve,
     "trace": trace,
+    "trace": trace,
+    "retrieval": retrieval,
 }
 
 

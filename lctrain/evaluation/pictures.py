@@ -1,5 +1,6 @@
 """The evaluation as pictures: perplexity by length and position, recall by depth and length, loss over the steps."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,15 @@ def _figures(results: Results, history: Sequence[Row]) -> Iterator[tuple[str, Fi
             yield f"{task}_by_length", perplexity_by_length(of)
             yield f"{task}_by_position", perplexity_by_position(of)
         if any("by_depth" in result for result in of.values()):
-            yield from ((f"{task}_{label}", recall_pictures.heatmap(task, label, of[label])) for label in of)
+            yield from ((f"{task}_{file_name(label)}", recall_pictures.heatmap(task, label, of[label])) for label in of)
             yield f"{task}_by_depth", recall_pictures.by_depth(task, of)
     if history:
         yield "training", training(history)
+
+
+def file_name(label: str) -> str:
+    """The label without what shells and links stumble over."""
+    return re.sub(r"\W+", "_", label).strip("_")
 
 
 def perplexity_by_length(results: Mapping[str, Result]) -> Figure:

@@ -50,8 +50,8 @@ def main(cfg: DictConfig) -> None:
     folder = RunFolder(cfg.run_dir)
     begin(cfg, folder)
     recipe = instantiate(cfg.model, _convert_="all")
-    recipe.check([cfg.sequence_length], _device())
-    check(cfg, recipe.config(), _data(cfg, recipe))
+    recipe.check([cfg.sequence_length], device())
+    check(cfg, recipe.config(), texts(cfg, recipe))
     with journal(cfg, folder) as cells:
         loggers = [instantiate(cfg.logger, _convert_="all")] if cfg.logger else []
         report(cfg, {"model": recipe}, loggers, cells)
@@ -91,7 +91,7 @@ def check(cfg: DictConfig, config: PreTrainedConfig, data: Texts) -> None:
 def report_training(cfg: DictConfig, folders: Mapping[str, str], training: Training) -> None:
     """Measure the models in `folders`, label → path, as plain transformers loads them, for the run's report."""
     told = {"steps": training.steps, "tokens_per_second": training.tokens_per_second, "history": training.history}
-    recipes = {label: _plain(cfg, path) for label, path in folders.items()}
+    recipes = {label: plain(cfg, path) for label, path in folders.items()}
     report(cfg, recipes, training.loggers, Journal(), **told)
 
 
@@ -102,9 +102,11 @@ def report(
     tasks = instantiate(cfg.evaluation, _convert_="all")
     results = {}
     for label, recipe in recipes.items():
-        reader = _reader(cfg, recipe)
-        results[label] = evaluate(reader, _data(cfg, recipe), tasks, cells, label=label)
-        del reader
+        model: Any = recipe.build(device()).eval()
+        chunk = cfg.get("prefill_chunk_size")
+        reader = Reader(model=model, tokenizer=recipe.tokenizer, cache=_cache(cfg), prefill_chunk_size=chunk)
+        results[label] = evaluate(reader, texts(cfg, recipe), tasks, cells, label=label)
+        del model, reader
         gc.collect()
     settings = {name: value for name, value in public(cfg).items() if name not in ELSEWHERE}
     write_report(Path(cfg.run_dir), results, config=settings, **told)
@@ -115,23 +117,15 @@ def report(
     print(f"report.json, pictures and more in {cfg.run_dir}")
 
 
-def _device() -> str:
+def device() -> str:
+    """Where models are measured."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _data(cfg: DictConfig, recipe: ModelRecipe) -> Texts:
+def texts(cfg: DictConfig, recipe: ModelRecipe) -> Texts:
+    """The config's corpus, as the model's tokenizer reads it."""
     data: Texts = instantiate(cfg.datamodule, tokenizer=recipe.tokenizer, _convert_="all")
     return data
-
-
-def _reader(cfg: DictConfig, recipe: ModelRecipe) -> Reader:
-    model: Any = recipe.build(_device()).eval()
-    return Reader(
-        model=model,
-        tokenizer=recipe.tokenizer,
-        cache=_cache(cfg),
-        prefill_chunk_size=cfg.get("prefill_chunk_size"),
-    )
 
 
 def _cache(cfg: DictConfig) -> CachePolicy:
@@ -140,7 +134,7 @@ def _cache(cfg: DictConfig) -> CachePolicy:
     return policy
 
 
-def _plain(cfg: DictConfig, path: str) -> PretrainedModel:
+def plain(cfg: DictConfig, path: str) -> PretrainedModel:
     """The model as plain transformers loads it, under the pattern that is to be evaluated."""
     return PretrainedModel(
         path=path,
