@@ -4,13 +4,14 @@ import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lctrain.attention.duo import DuoAttention
@@ -123,10 +124,8 @@ def _train(
             terms = objective(model.train(), batch)
         loss = sum(terms.values(), torch.zeros((), device=recipe.device)) / cfg.num_answer_tokens
         loss.backward()
-        first = first or {
-            "loss": float(loss.detach()),
-            "gradients": [gate_K.grad.tolist() for gate_K in gates_of(model)],
-        }  # type: ignore[union-attr]
+        gradients = [cast(Tensor, gate_K.grad).tolist() for gate_K in gates_of(model)]
+        first = first or {"loss": float(loss.detach()), "gradients": gradients}
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(_now(recipe.device) - start)

@@ -20,9 +20,8 @@ COMPARISONS = {
     "length": length,
     "gates": gates,
     "serve": serve,
-    "trace": trace,
-    "trace": trace,
     "retrieval": retrieval,
+    "trace": trace,
 }
 
 
