@@ -17,7 +17,7 @@ examples:
   lctrain benchmark overhead model.path=<folder or hub id>
   lctrain benchmark step model=llama3_8b model.dtype=bfloat16 tuning=lora memory=auto trainer.accelerator=auto peer=trl
   lctrain benchmark length model=llama3_8b model.dtype=bfloat16 tuning=lora trainer.accelerator=auto
-  lctrain benchmark gates experiment=duo model=llama3_8b trainer.accelerator=auto lengths=[32768] num_steps=3
+  lctrain benchmark gates experiment=duo model=llama3_8b model.dtype=bfloat16 lengths=[32768] trainer.accelerator=auto
   lctrain benchmark serve model=llama3_8b trainer.accelerator=auto model.dtype=bfloat16
   lctrain benchmark retrieval model.path=<folder> retrieval.pattern=<folder> evaluation=default sequence_length=8192
   lctrain benchmark kernels kernels.lengths=[16384,131072] kernel=flash

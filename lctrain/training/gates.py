@@ -75,7 +75,7 @@ def gate_heatmap(gates_LK: Tensor, title: str) -> Figure:
     """Layers downwards, key-value heads to the right, from 0 to 1; a gate bears its number where they are few."""
     num_layers, num_heads = gates_LK.shape
     with rc_context(STYLE):
-        figure = Figure(figsize=(max(4.6, 2.6 + 0.42 * num_heads), max(2.8, 1.5 + 0.26 * num_layers)))
+        figure = Figure(figsize=(max(4.6, 2.6 + 0.42 * num_heads), max(3.2, 1.5 + 0.26 * num_layers)))
         axes = figure.subplots()
         image = axes.imshow(gates_LK.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
         if gates_LK.numel() <= 128:
@@ -89,5 +89,6 @@ def gate_heatmap(gates_LK: Tensor, title: str) -> Figure:
         axes.tick_params(length=0)
         axes.grid(False)
         axes.spines[:].set_visible(False)
-        figure.colorbar(image, ax=axes, label="gate (0 streams, 1 retrieves)", ticks=[0, 0.25, 0.5, 0.75, 1])
+        bar = figure.colorbar(image, ax=axes, ticks=[0, 0.25, 0.5, 0.75, 1])
+        bar.set_label("gate: 0 streams, 1 retrieves", fontsize=10)
     return figure
