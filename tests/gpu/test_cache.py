@@ -99,4 +99,3 @@ def test_prompts_of_any_length_compile_nothing_anew(model, tokens, kernel):
     prefill(model, tokens[:, :1459], None, POLICIES["duo"].new(model), 512)
     with torch.compiler.set_stance("fail_on_recompile"):
         prefill(model, tokens, None, POLICIES["duo"].new(model), 512)
-
