@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from lctrain.cache.base import CachePolicy, Forward, Store
-from lctrain.cache.layer import CacheLayer, Part, require_installed
+from lctrain.cache.layer import CacheLayer, Part, is_installed
 
 MIN_ROOM = 64  # tokens: the least that a full buffer grows by
 
@@ -48,20 +48,24 @@ class AllKeys(Store):
 class FullCache(CachePolicy):
     """All of the context, whatever the installed method sees of it.
 
-    Layers with a window or a state of their own keep what transformers keeps for them.
+    Layers with a window or a state of their own, and models that attend without lctrain, keep what transformers keeps
+    for them.
     """
 
     def new(self, model: PreTrainedModel, length: int | None = None) -> Cache:
-        require_installed(model)
         layers = DynamicCache(config=model.config.get_text_config()).layers
-        return Cache(
-            [CacheLayer([Part(AllKeys(length), None)]) if type(layer) is DynamicLayer else layer for layer in layers]
-        )
+        if not is_installed(model):
+            return Cache(layers)
+        return Cache([_own(length) if type(layer) is DynamicLayer else layer for layer in layers])
 
     def num_bytes(self, config: PreTrainedConfig, length: int, batch_size: int, dtype: torch.dtype) -> int:
         text = config.get_text_config()
         num_heads = int(text.num_hidden_layers * text.num_key_value_heads)
         return num_heads * length * bytes_per_key(config, batch_size, dtype)
+
+
+def _own(length: int | None) -> CacheLayer:
+    return CacheLayer([Part(AllKeys(length), None)])
 
 
 def bytes_per_key(config: PreTrainedConfig, batch_size: int, dtype: torch.dtype) -> int:

@@ -146,9 +146,14 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def is_installed(model: PreTrainedModel) -> bool:
+    """Whether `model` runs lctrain's attention, which alone knows this kind of layer."""
+    return str(model.config.get_text_config()._attn_implementation).startswith("lctrain_")
+
+
 def require_installed(model: PreTrainedModel) -> None:
-    """InputError unless lctrain's attention is what `model` runs, which alone can ask a cache of this kind."""
-    if not str(model.config.get_text_config()._attn_implementation).startswith("lctrain_"):
+    """InputError unless `model` runs lctrain's attention."""
+    if not is_installed(model):
         raise InputError(
             f"{type(model).__name__} attends by {model.config.get_text_config()._attn_implementation!r}; "
             "lctrain.model.serve.load, or lctrain.model.install.install, makes it ask this cache"

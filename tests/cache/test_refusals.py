@@ -75,7 +75,7 @@ def test_capped_scores(tiny):
         STREAMING.new(installed(model))
 
 
-@pytest.mark.parametrize("policy", [FullCache(), STREAMING, duo()])
+@pytest.mark.parametrize("policy", [STREAMING, duo()])
 def test_attention_that_knows_no_such_cache(tiny, policy):
     with pytest.raises(InputError, match="LlamaForCausalLM attends by 'sdpa'; lctrain"):
         policy.new(tiny("llama"))
@@ -97,6 +97,13 @@ def test_any_method_may_use_a_full_cache(tiny, ids):
     with torch.no_grad():
         found = torch.cat([model(chunk, past_key_values=cache).logits for chunk in tokens.split(7, dim=1)], dim=1)
         torch.testing.assert_close(found, model(tokens, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_full_cache_serves_attention_that_is_not_ours(tiny, ids):
+    model, tokens = tiny("llama"), ids(2, 20)
+    how = {"max_new_tokens": 6, "do_sample": False}
+    found = model.generate(tokens, past_key_values=FullCache().new(model), **how)
+    assert torch.equal(found, model.generate(tokens, **how))
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "qwen3"])
