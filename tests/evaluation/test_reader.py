@@ -1,23 +1,12 @@
 """What is measured goes through the cache policy, a chunk at a time."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from transformers import Cache, DynamicCache, LlamaConfig
 
-from lctrain.cache.base import CachePolicy
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recent(CachePolicy):
-    """Keeps as many tokens as a sliding window of transformers does."""
-
-    sliding_window: int
-
-    def new(self, model) -> Cache:
-        return DynamicCache(config=LlamaConfig(num_hidden_layers=2, sliding_window=self.sliding_window))
+from lctrain.cache.streaming import StreamingCache
 
 
 @pytest.fixture
@@ -35,8 +24,10 @@ def test_chunks_change_no_reply(reader, ids, chunk_size):
     assert replace(reader, prefill_chunk_size=chunk_size).complete(ids, 12) == reader.complete(ids, 12)
 
 
-def test_losses_and_replies_are_those_of_the_policy(reader, ids):
-    short = replace(reader, cache=Recent(sliding_window=9), prefill_chunk_size=1)
+@pytest.mark.parametrize("chunk_size", [1, 50, None])
+def test_losses_and_replies_are_those_of_the_policy(reader, ids, chunk_size):
+    streaming = StreamingCache(num_sink_tokens=1, recent_size=8, positions="text")
+    short = replace(reader, cache=streaming, prefill_chunk_size=chunk_size)
     assert short.complete(ids, 12) != reader.complete(ids, 12)
     torch.testing.assert_close(short.losses(ids)[:, :8], reader.losses(ids)[:, :8])
     assert (short.losses(ids)[:, 20:] - reader.losses(ids)[:, 20:]).abs().max() > 0.1
