@@ -22,7 +22,7 @@ from lctrain.evaluation.base import Result, Task
 from lctrain.evaluation.pictures import draw
 from lctrain.evaluation.reader import Reader
 from lctrain.evaluation.report import versions
-from lctrain.evaluation.run import begin, check, device, evaluate, journal, plain, texts
+from lctrain.evaluation.run import begin, check, device, evaluate, journal, plain, stamp, texts
 from lctrain.evaluation.style import STYLE
 from lctrain.folder import RunFolder
 from lctrain.heads import HeadPattern
@@ -71,6 +71,7 @@ def retrieval(cfg: DictConfig) -> dict[str, Any]:
         for task in tasks.values():
             arm.cache.check(recipe.config(), task.context_lengths[-1])
     with journal(cfg, folder) as cells:
+        cells.require("the weights", stamp(recipe))
         reader = Reader(
             model=recipe.build(device()).eval(),  # type: ignore[arg-type]
             tokenizer=recipe.tokenizer,

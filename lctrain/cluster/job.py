@@ -87,7 +87,7 @@ class Job:
                 yield name, getattr(self, name)
         if numbers is not None:
             yield "array", numbers
-        if not self.evaluates:  # an evaluation that is cut off begins again
+        if not self.evaluates:  # an evaluation that was cut off goes on cell by cell, whenever that was
             yield "signal", f"B:USR1@{self.signal_seconds}"
         yield "requeue", None
         yield "open-mode", "append"

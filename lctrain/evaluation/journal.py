@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lctrain.errors import Stopped
+from lctrain.errors import InputError, Stopped
 from lctrain.folder import read_history
 
 Cell = tuple[str | int | float, ...]
@@ -43,6 +43,11 @@ class Journal(AbstractContextManager["Journal"]):
             if self.stopped_by:
                 raise Stopped(f"stopped by {self.stopped_by}; go on with resume=auto")
         return self.measured[cell]
+
+    def require(self, what: str, now: Any) -> None:
+        """InputError where `what` is not as it was when the journal began: its cells would be of two things."""
+        if self.once((what,), lambda: now) != now:
+            raise InputError(f"resume=auto: {what} changed since {self.path} began; choose another run_dir")
 
     def _append(self, line: str) -> None:
         if self.path:

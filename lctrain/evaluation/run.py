@@ -102,6 +102,7 @@ def report(
     tasks = instantiate(cfg.evaluation, _convert_="all")
     results = {}
     for label, recipe in recipes.items():
+        cells.require(f"the weights of {label}", stamp(recipe))
         model: Any = recipe.build(device()).eval()
         chunk = cfg.get("prefill_chunk_size")
         reader = Reader(model=model, tokenizer=recipe.tokenizer, cache=_cache(cfg), prefill_chunk_size=chunk)
@@ -126,6 +127,12 @@ def texts(cfg: DictConfig, recipe: ModelRecipe) -> Texts:
     """The config's corpus, as the model's tokenizer reads it."""
     data: Texts = instantiate(cfg.datamodule, tokenizer=recipe.tokenizer, _convert_="all")
     return data
+
+
+def stamp(recipe: ModelRecipe) -> list[list[Any]]:
+    """Name, size and time of each file of weights in a model's folder; a hub's are known by their revision."""
+    files = sorted(Path(getattr(recipe, "path", "")).glob("*.safetensors"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _cache(cfg: DictConfig) -> CachePolicy:

@@ -122,4 +122,4 @@ def test_an_evaluation_is_an_array_over_lengths(slurm, saved, text, tmp_path):
     submit(cfg)
     script = (tmp_path / "run/job.sbatch").read_text()
     assert "#SBATCH --array=4,8,16,32" in script
-    assert "python -m launch evaluate" in script
+    assert "python -m launch evaluate resume=auto" in script

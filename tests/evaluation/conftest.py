@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lctrain.attention.full import FullAttention
 from lctrain.evaluation.reader import Reader
+from lctrain.model.install import install
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +29,9 @@ def model(tokenizer):
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, bos_token_id=0, eos_token_id=1, initializer_range=0.3,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).eval()
+    install(model, FullAttention(), "sdpa")
+    return model
 
 
 @pytest.fixture
@@ -64,7 +68,7 @@ def measure(reader):
 class Stub:
     """Answers every prompt with `reply(prompt text)` and keeps what it was asked."""
 
-    device, config = torch.device("cpu"), LlamaConfig()
+    device = torch.device("cpu")
 
     def __init__(self, tokenizer, reply):
         self.tokenizer, self.reply, self.prompts = tokenizer, reply, []
@@ -85,9 +89,9 @@ def ask(tokenizer, documents, measure):
     """Runs a task on a model that answers `reply(prompt)`; gives the result and the prompts with their lengths."""
 
     def run(task, reply, texts=None, tokenizer=tokenizer):
-        stub = Stub(tokenizer, reply)
+        stub, cache = Stub(tokenizer, reply), SimpleNamespace(new=lambda model: DynamicCache())
         return measure(
-            task, documents if texts is None else texts, Reader(model=stub, tokenizer=tokenizer)
+            task, documents if texts is None else texts, Reader(model=stub, tokenizer=tokenizer, cache=cache)
         ), stub.prompts
 
     return run

@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from lctrain.errors import Stopped
+from lctrain.errors import InputError, Stopped
 from lctrain.evaluation.journal import Journal
 
 
@@ -29,6 +29,13 @@ def test_a_line_that_was_cut_off_is_measured_again(tmp_path):
     assert journal.once((1,), never) == 7
     assert journal.once((2,), lambda: 8) == 8
     assert Journal(path).measured == {(1,): 7, (2,): 8}
+
+
+def test_what_is_measured_stays_the_same(tmp_path):
+    Journal(tmp_path / "c").require("the weights", [["a", 1]])
+    Journal(tmp_path / "c").require("the weights", [["a", 1]])
+    with pytest.raises(InputError, match=r"resume=auto: the weights changed since .*/c began"):
+        Journal(tmp_path / "c").require("the weights", [["a", 2]])
 
 
 def test_nothing_is_kept_without_a_path():

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -133,6 +134,20 @@ def test_an_evaluation_goes_on_only_as_it_began(evaluation, monkeypatch):
     with pytest.raises(InputError, match="resume=latest is neither never nor auto"):
         main(evaluation("run", "resume=latest"))
     main(evaluation("run", "resume=auto", "logger=csv"))
+
+
+def test_weights_that_changed_are_another_model(evaluation, saved, tmp_path):
+    copy = shutil.copytree(saved("llama", max_position_embeddings=128), tmp_path / "copy")
+    words = [
+        f"model.path={copy}",
+        "~evaluation.needle",
+        "evaluation.passkey.depths=[0.5]",
+        "evaluation.passkey.num_trials=1",
+    ]
+    main(evaluation("run", *words))
+    os.utime(copy / "model.safetensors", (1, 1))
+    with pytest.raises(InputError, match="the weights of model changed"):
+        main(evaluation("run", *words, "resume=auto"))
 
 
 def test_what_an_evaluation_is_told_reaches_the_reader(evaluation, monkeypatch):
