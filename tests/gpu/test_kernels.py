@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lctrain.attention.duo import DuoAttention
 from lctrain.attention.full import FullAttention
 from lctrain.attention.shifted_sparse import ShiftedSparseAttention
 from lctrain.attention.sliding_window import SlidingWindowAttention
@@ -29,6 +30,7 @@ METHODS = {
     "streaming": StreamingAttention(num_sink_tokens=4, recent_size=150),
     "shifted_sparse": ShiftedSparseAttention(group_size_ratio=None, group_size=256),
 }
+COMPOSED = {"duo": DuoAttention(num_sink_tokens=4, recent_size=150, initial_gate=0.5, clamp=True)}
 SHAPES = {  # every head dimension at 4 query heads a key-value head, every such group at head dimension 128
     "64": Heads(num_attention_heads=8, num_key_value_heads=2, head_dim=64),
     "96": Heads(num_attention_heads=8, num_key_value_heads=2, head_dim=96),
@@ -115,7 +117,7 @@ def model(method, kernel, num_layers=2):
         num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, use_cache=False,
     )  # fmt: skip
     llama = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
-    install(llama, METHODS[method], kernel)
+    install(llama, (METHODS | COMPOSED)[method], kernel)
     return llama
 
 
@@ -126,7 +128,7 @@ def step(llama, documents):
     logits.float().square().mean().backward()
 
 
-@pytest.mark.parametrize("method", ["full", "streaming", "shifted_sparse"])
+@pytest.mark.parametrize("method", ["full", "streaming", "shifted_sparse", "duo"])
 @pytest.mark.parametrize("kernel", ["flash", "flex"])
 def test_a_stage_compiles_in_its_first_step(kernel, method):
     """Documents differ from batch to batch; what was compiled for the first serves all of a length."""
@@ -137,7 +139,7 @@ def test_a_stage_compiles_in_its_first_step(kernel, method):
             step(llama, documents)
 
 
-@pytest.mark.parametrize("method", ["full", "streaming"])
+@pytest.mark.parametrize("method", ["full", "streaming", "duo"])
 @pytest.mark.parametrize("kernel", ["flash", "flex"])
 def test_layers_never_wait_for_the_card(kernel, method):
     """A forward may ask once what its documents are; more layers do not ask more often."""
