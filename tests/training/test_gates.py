@@ -47,13 +47,6 @@ def test_a_stopped_run_goes_on_with_the_same_gates(run, tmp_path):
     assert torch.equal(gates_of(tmp_path / "parts"), gates_of(tmp_path / "whole"))
 
 
-def test_wandb_gets_the_pictures(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    run(*DUO, "logger=wandb", "callbacks.gates.every_num_steps=3")
-    pictures = sorted((tmp_path / "run").glob("wandb/offline-run-*/files/media/images/gates/*.png"))
-    assert len(pictures) == 2  # of step 3, and of the last
-
-
 def test_the_picture_is_dark_where_heads_retrieve(tmp_path):
     gates = torch.zeros(6, 8)
     gates[1, 2] = 1

@@ -159,3 +159,15 @@ def test_a_service_that_is_gone_stops_nothing(tmp_path, offline, caplog):
     logger._experiment = type("Gone", (), {"log": gone, "__call__": gone})()
     logger.log_metrics({"loss": 2.0}, step=2)
     assert "W&B did not take step 2 (ConnectionResetError)" in caplog.text
+
+
+def test_gates_come_as_pictures_of_their_steps(run, tmp_path, offline):
+    duo = ["attention=duo", "attention.num_sink_tokens=2", "attention.recent_size=4", "tuning=gates", "objective=duo"]
+    run("logger=wandb", "callbacks=gates", "callbacks.gates.every_num_steps=3", *duo)
+    wandb.finish()
+    (file,) = (tmp_path / "run/wandb").glob("offline-run-*/*.wandb")
+    rows = [items(record.history.item) for record in finished(file) if record.HasField("history")]
+    drawn = {row["trainer/global_step"]: row for row in rows if any("gates/heatmap" in name for name in row)}
+    assert list(drawn) == [3, 4]  # every third, and the last
+    assert all({"loss/hidden_state", "loss/gates", "gates/mean"} <= row.keys() for row in drawn.values())
+    assert len([*file.parent.glob("files/media/images/gates/*.png")]) == 2
