@@ -16,6 +16,7 @@ from lctrain.errors import InputError
 from lctrain.export import export
 from lctrain.heads import JSON, HeadPattern
 from lctrain.model.install import install
+from lctrain.model.serve import load
 
 IDS = torch.randint(3, 64, (2, 64), generator=torch.Generator().manual_seed(1))
 
@@ -204,6 +205,10 @@ def test_what_is_deployed_is_decided_at_export_and_trained_on_from_there(trained
     install(model, HeadPatternAttention(path=str(tuned), threshold=None, streaming_share=None, num_sink_tokens=None,
                                         recent_size=None), "sdpa")  # fmt: skip
     assert same_logits(model.eval())
+    served, policy = load(tuned)
+    cache = policy.new(served)
+    logits = [served(part, past_key_values=cache).logits for part in IDS.split(17, dim=1)]
+    torch.testing.assert_close(torch.cat(logits, dim=1), Logits.last, rtol=1e-4, atol=1e-4)
 
 
 def test_deployment_of_a_run_without_gates_is_refused(trained, reloaded):

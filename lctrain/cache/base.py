@@ -4,7 +4,7 @@ Shape legend: B batch, H query heads, K key-value heads, L new tokens, S all tok
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from lctrain.errors import InputError
 from lctrain.kernels.base import Kernel
-from lctrain.kernels.few_queries import FEW
 
 
 class CachePolicy(ABC):
@@ -77,24 +76,16 @@ def prefill(
     """Put all tokens but the last one into `cache`, `chunk_size` at a time (None: all at once), computing no logits.
 
     `model.generate(input_ids, attention_mask=…, past_key_values=cache)` goes on from there. What `cache` already holds
-    is taken for the first tokens of `input_ids`. What is left behind the last whole chunk is read in chunks of powers
-    of two: kernels that are compiled for a length meet few of them.
+    is taken for the first tokens of `input_ids`.
     """
     if chunk_size is not None and chunk_size < 1:
         raise InputError(f"prefill_chunk_size={chunk_size} must be positive")
     end = input_ids_BS.shape[1] - 1
-    for start, stop in _chunks(cache.get_seq_length(), end, chunk_size):
+    chunk_size = chunk_size or max(1, end)
+    for start in range(cache.get_seq_length(), end, chunk_size):
+        stop = min(start + chunk_size, end)
         mask = None if attention_mask_BS is None else attention_mask_BS[:, :stop]
         positions = None if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)[:, start:]
         model.get_decoder()(
             input_ids_BS[:, start:stop], attention_mask=mask, position_ids=positions, past_key_values=cache
         )
-
-
-def _chunks(start: int, end: int, size: int | None) -> Iterator[tuple[int, int]]:
-    size = size or end - start
-    while start < end:
-        left = end - start
-        length = 1 << (left.bit_length() - 1) if FEW <= left < size else min(left, size)
-        yield start, start + length
-        start += length

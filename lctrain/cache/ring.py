@@ -4,6 +4,7 @@ Shape legend: B batch, H query heads, K key-value heads, L new tokens, S all tok
 M slots in use and new tokens, R rows of a table: B, or 1 where no row is padded.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.masking_utils import causal_mask_function
 from lctrain.cache.base import Forward, Store
 from lctrain.cache.rotation import Rotation
 from lctrain.errors import InputError
+from lctrain.kernels import few_queries
 from lctrain.kernels.base import Demand
 from lctrain.kernels.few_queries import attend_few
 from lctrain.kernels.mask import Mask
@@ -45,13 +47,23 @@ class Slots:
 
 @dataclass(frozen=True, kw_only=True)
 class _Chunk:
-    """What all layers have in common in a forward of several tokens."""
+    """What all layers have in common in one piece of a forward."""
 
     held: int  # slots in use before
     source_RN: Tensor  # which new token each slot gets, -1 for none
     shift_RL: Tensor  # how far it is from its sinks in the text, but not in the cache
     sink_RM: Tensor  # which keys are sinks
     prepared: Any
+
+
+def _pieces(length: int) -> Iterator[slice]:
+    """Powers of two, and few tokens in the end: kernels that are compiled for a length meet few lengths."""
+    start = 0
+    while start < length:
+        left = length - start
+        stop = length if left < few_queries.FEW else start + (1 << (left.bit_length() - 1))
+        yield slice(start, stop)
+        start = stop
 
 
 class Ring(Store):
@@ -72,8 +84,12 @@ class Ring(Store):
             self.keys, self.values = k_BKLD.new_zeros(shape), v_BKLD.new_zeros(shape)
         if q_BHLD.shape[2] == 1 and forward.tokens_BS is None:
             return self._attend_one(q_BHLD, k_BKLD, v_BKLD, self.keys, self.values, start, forward.scaling)
-        chunk = self._chunk(q_BHLD, k_BKLD, start, forward)
-        return self._attend_chunk(q_BHLD, k_BKLD, v_BKLD, self.keys, self.values, chunk, forward)
+        outs = []
+        for piece in _pieces(q_BHLD.shape[2]):
+            q, k, v = (x[:, :, piece].contiguous() for x in (q_BHLD, k_BKLD, v_BKLD))
+            chunk = self._chunk(q, k, start + piece.start, forward)
+            outs.append(self._attend_chunk(q, k, v, self.keys, self.values, chunk, forward))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
     def _attend_one(
         self,
@@ -123,7 +139,7 @@ class Ring(Store):
         return out[..., : v_BKLD.shape[-1]]
 
     def _chunk(self, q_BHLD: Tensor, k_BKLD: Tensor, start: int, forward: Forward) -> _Chunk:
-        key = self._slots, self._rotation is None
+        key = self._slots, self._rotation is None, start
         if key not in forward.shared:
             forward.shared[key] = self._make_chunk(q_BHLD, k_BKLD, start, forward)
         chunk: _Chunk = forward.shared[key]
@@ -133,7 +149,7 @@ class Ring(Store):
         slots, stop = self._slots, start + q_BHLD.shape[2]
         padded = forward.tokens_BS is not None
         tokens_RS = torch.ones(1, stop, dtype=torch.bool, device=q_BHLD.device)
-        tokens_RS = tokens_RS if forward.tokens_BS is None else forward.tokens_BS
+        tokens_RS = tokens_RS if forward.tokens_BS is None else forward.tokens_BS[:, :stop]
         position_RS = (tokens_RS.cumsum(1) - 1).clamp(min=0)
         new_RL, is_token_RL = position_RS[:, start:], tokens_RS[:, start:]
         held = slots.number if padded and start else min(start, slots.number)

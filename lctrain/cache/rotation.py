@@ -34,8 +34,9 @@ class Rotation:
         self._rotate_half: Callable[[Tensor], Tensor] = rotate_half
 
     def __call__(self, x_BHLD: Tensor, by_BL: Tensor) -> Tensor:
-        """`x` at positions that are `by` [B or 1, L or 1] higher; angles are taken in fp64, a row may be long."""
+        """`x` at positions that are `by` [B or 1, L or 1] higher; angles are taken in fp64: a row may be long."""
         angles = by_BL[:, None, :, None].double() * self._module.inv_freq.to(x_BHLD.device, torch.float64)
-        cos, sin = (torch.cat((f(angles),) * 2, dim=-1).to(x_BHLD.dtype) for f in (torch.cos, torch.sin))
+        dtype = torch.promote_types(x_BHLD.dtype, torch.float32)
+        cos, sin = (torch.cat((f(angles),) * 2, dim=-1).to(dtype) for f in (torch.cos, torch.sin))
         x, rest = x_BHLD[..., : cos.shape[-1]], x_BHLD[..., cos.shape[-1] :]
-        return torch.cat((x * cos + self._rotate_half(x) * sin, rest), dim=-1)
+        return torch.cat(((x * cos + self._rotate_half(x) * sin).to(rest.dtype), rest), dim=-1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lctrain.cache.base import _chunks, prefill
+from lctrain.cache.base import prefill
 from lctrain.errors import InputError
 
 
@@ -42,18 +42,3 @@ def test_a_chunk_of_nothing_is_refused(serving, ids):
     model, policy = serving("duo")
     with pytest.raises(InputError, match="prefill_chunk_size=0 must be positive"):
         prefill(model, ids(1, 8), None, policy.new(model), 0)
-
-
-@pytest.mark.parametrize(
-    ("start", "end", "size", "expected"),
-    [
-        (0, 700, None, [700]),
-        (0, 700, 300, [300, 300, 100]),
-        (100, 1000, 600, [600, 256, 44]),
-        (0, 1535, 512, [512, 512, 256, 128, 127]),
-        (9, 9, 4, []),
-    ],
-)
-def test_what_is_left_is_read_in_powers_of_two(start, end, size, expected):
-    """So that a kernel which is compiled for a length serves many prompts."""
-    assert [b - a for a, b in _chunks(start, end, size)] == expected

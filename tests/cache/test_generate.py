@@ -1,8 +1,11 @@
 """transformers' generate through every policy, against generation without a cache under the pattern."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
+from lctrain.cache.base import prefill
 from lctrain.errors import InputError
 
 LENGTH, NEW = 23, 8
@@ -95,3 +98,17 @@ def test_assisted_generation_is_refused_where_tokens_are_forgotten(serving, ids,
     model, policy_ = serving(policy)
     with pytest.raises(InputError, match="can't be brought back: assisted generation needs cache=full"):
         generate(model, ids(1, 12), None, past_key_values=policy_.new(model), prompt_lookup_num_tokens=3)
+
+
+@EACH_POLICY
+@pytest.mark.parametrize("positions", ["text", "cache"])
+def test_a_prefix_that_was_read_once_serves_many(serving, ids, policy, positions):
+    """As transformers shows it: what goes on from a copy leaves the original as it is."""
+    model, policy_ = serving(policy, positions=positions)
+    prefix, endings = ids(1, LENGTH), [ids(1, 5, seed) for seed in (1, 2)]
+    cache = policy_.new(model)
+    prefill(model, torch.cat((prefix, endings[0][:, :1]), dim=1), None, cache, 7)
+    for ending in endings:
+        tokens = torch.cat((prefix, ending), dim=1)
+        found = generate(model, tokens, None, past_key_values=deepcopy(cache))
+        assert torch.equal(found, generate(model, tokens, None, past_key_values=policy_.new(model)))

@@ -13,6 +13,7 @@ from lctrain.cache.streaming import StreamingCache
 from lctrain.config import conf_dir
 from lctrain.errors import InputError
 from lctrain.heads import HeadPattern
+from lctrain.kernels.sdpa import SDPAKernel
 from lctrain.model.install import install
 
 STREAMING = StreamingCache(num_sink_tokens=3, recent_size=5, positions="text")
@@ -145,3 +146,13 @@ def test_the_yamls_are_the_constructors(tmp_path):
         config = OmegaConf.create({"model": {"path": str(tmp_path)}, "cache": OmegaConf.load(file)})
         policies[file.stem] = type(instantiate(config.cache, _convert_="all"))
     assert policies == {"full": FullCache, "streaming": StreamingCache, "duo": DuoCache}
+
+
+def test_a_kernel_that_can_not_double_the_head(tiny, ids, monkeypatch):
+    monkeypatch.setattr(SDPAKernel, "refusal", lambda *given: "is at its end" if given[-1].head_dim > 8 else None)
+    model = installed(tiny("llama"))
+    cache = StreamingCache(num_sink_tokens=3, recent_size=5, positions="cache").new(model)
+    with pytest.raises(
+        InputError, match="positions of the cache double the head dimension, and the kernel is at its end"
+    ):
+        model(ids(1, 12), past_key_values=cache)
