@@ -70,13 +70,20 @@ def picture(task: str, rows: Sequence[Row]) -> Figure:
     for (_, value), label, style in zip(ends, ("full attention", "every head streams"), ("--", ":"), strict=True):
         axes.axhline(value, color="#666666", linestyle=style, linewidth=1.4, label=label)
     axes.plot(
-        *zip(ends[0], *recalls[LEARNED], ends[1], strict=True), "o-", color=COLOURS["after"], label="learned heads"
+        *zip(ends[0], *recalls[LEARNED], ends[1], strict=True),
+        "o-",
+        color=COLOURS["after"],
+        label="learned heads",
+        zorder=3,
     )
     by_share = {share: [value for _, value in group] for share, group in groupby(recalls[RANDOM], key=lambda at: at[0])}
     colour, band = COLOURS["before"], {ends[0][0]: [ends[0][1]], **by_share, ends[1][0]: [ends[1][1]]}
     axes.plot([*band], [fmean(values) for values in band.values()], color=colour, label="random heads, mean")
     axes.fill_between([*band], [*map(min, band.values())], [*map(max, band.values())], color=colour, alpha=0.2, lw=0)
-    axes.plot(*zip(*recalls[RANDOM], strict=True), "o", color=colour, markersize=4, label="random heads, each seed")
+    # Side by side, or equal ones would look like one.
+    dots = [(share + 0.018 * (i - (len(values) - 1) / 2), value) for share, values in by_share.items()
+            for i, value in enumerate(values)]  # fmt: skip
+    axes.plot(*zip(*dots, strict=True), "o", color=colour, markersize=4, zorder=4, label="random heads, each seed")
     axes.set(xlabel="key-value heads that stream", ylabel=f"{task} recall", xlim=(-0.02, 1.02), ylim=(-0.02, 1.04))
     axes.set_title(f"{task.capitalize()} recall by the share of streaming heads")
     axes.set_xticks(sorted({each["share"] for each in rows}))

@@ -49,7 +49,7 @@ def file_name(label: str) -> str:
 
 
 def perplexity_by_length(results: Mapping[str, Result]) -> Figure:
-    """One line per label, both axes logarithmic, each point with its number."""
+    """One line per label, both axes logarithmic, each point with its number where two lines at most leave room."""
     figure = Figure(figsize=(7, 4.4))
     axes = figure.subplots()
     lengths: list[int] = []
@@ -57,7 +57,7 @@ def perplexity_by_length(results: Mapping[str, Result]) -> Figure:
         side = -16 if i else 8  # the first line is numbered above, the next below
         lengths, values = [int(length) for length in result["by_length"]], list(result["by_length"].values())
         axes.plot(lengths, values, marker="o", markersize=7, label=label, color=COLOURS.get(label))
-        for x, y in zip(lengths, values, strict=True):
+        for x, y in zip(lengths, values, strict=True) if len(results) <= 2 else ():
             number = f"{y:.3g}" if y < 1000 else f"{y:,.0f}"
             axes.annotate(number, (x, y), (0, side), textcoords="offset points", ha="center", color=COLOURS.get(label))
     token_ticks(axes, lengths, logarithmic=True)

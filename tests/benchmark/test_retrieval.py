@@ -107,6 +107,6 @@ def test_the_picture_has_a_line_a_band_and_a_dot_per_seed():
     lines = {line.get_label(): [*map(list, line.get_data())] for line in axes.lines}
     assert lines["learned heads"] == [[0.0, 0.5, 1.0], [0.9, 0.9, 0.0]]
     assert lines["random heads, mean"] == [[0.0, 0.5, 1.0], [0.9, pytest.approx(0.3), 0.0]]
-    assert lines["random heads, each seed"] == [[0.5] * 3, [0.0, 0.3, 0.6]]
+    assert lines["random heads, each seed"] == [pytest.approx([0.482, 0.5, 0.518]), [0.0, 0.3, 0.6]]
     heights = axes.collections[0].get_paths()[0].vertices[:, 1]
     assert (np.min(heights), np.max(heights)) == (0.0, 0.9)
