@@ -46,7 +46,7 @@ class Slots:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Chunk:
+class _Piece:
     """What all layers have in common in one piece of a forward."""
 
     held: int  # slots in use before
@@ -79,30 +79,24 @@ class Ring(Store):
         self._rotation = rotation
 
     def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, start: int, forward: Forward) -> Tensor:
-        if self.keys is None or self.values is None:
-            shape = (*k_BKLD.shape[:2], self._slots.number, k_BKLD.shape[3])
-            self.keys, self.values = k_BKLD.new_zeros(shape), v_BKLD.new_zeros(shape)
         if q_BHLD.shape[2] == 1 and forward.tokens_BS is None:
-            return self._attend_one(q_BHLD, k_BKLD, v_BKLD, self.keys, self.values, start, forward.scaling)
+            return self._attend_one(q_BHLD, k_BKLD, v_BKLD, start, forward.scaling)
         outs = []
         for piece in _pieces(q_BHLD.shape[2]):
             q, k, v = (x[:, :, piece].contiguous() for x in (q_BHLD, k_BKLD, v_BKLD))
-            chunk = self._chunk(q, k, start + piece.start, forward)
-            outs.append(self._attend_chunk(q, k, v, self.keys, self.values, chunk, forward))
+            outs.append(self._attend_piece(q, k, v, start + piece.start, forward))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
-    def _attend_one(
-        self,
-        q_BHLD: Tensor,
-        k_BKLD: Tensor,
-        v_BKLD: Tensor,
-        keys_BKND: Tensor,
-        values_BKND: Tensor,
-        start: int,
-        scaling: float,
-    ) -> Tensor:
+    def _buffers(self, like_BKLD: Tensor) -> tuple[Tensor, Tensor]:
+        if self.keys is None or self.values is None:
+            shape = (*like_BKLD.shape[:2], self._slots.number, like_BKLD.shape[3])
+            self.keys, self.values = like_BKLD.new_zeros(shape), like_BKLD.new_zeros(shape)
+        return self.keys, self.values
+
+    def _attend_one(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, start: int, scaling: float) -> Tensor:
         """Once it is stored, a token sees all that is there, in whatever order."""
         slot, held = int(self._slots.of(torch.tensor(start))), min(start + 1, self._slots.number)
+        keys_BKND, values_BKND = self._buffers(k_BKLD)
         keys_BKND[:, :, slot : slot + 1], values_BKND[:, :, slot : slot + 1] = k_BKLD, v_BKLD
         k, v = keys_BKND[:, :, :held], values_BKND[:, :, :held]
         if self._rotation is not None and start + 1 > held:
@@ -111,41 +105,35 @@ class Ring(Store):
             k = torch.cat((sinks, k[:, :, self._slots.num_sinks :]), dim=2)
         return attend_few(q_BHLD, k, v, None, scaling)
 
-    def _attend_chunk(
-        self,
-        q_BHLD: Tensor,
-        k_BKLD: Tensor,
-        v_BKLD: Tensor,
-        keys_BKND: Tensor,
-        values_BKND: Tensor,
-        chunk: _Chunk,
-        forward: Forward,
-    ) -> Tensor:
+    def _attend_piece(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, start: int, forward: Forward) -> Tensor:
         """Each token sees its own sinks and window, among what was kept and what is new."""
+        piece, buffers = self._piece(q_BHLD, k_BKLD, start, forward), self._buffers(k_BKLD)
         q = q_BHLD
-        k = torch.cat((keys_BKND[:, :, : chunk.held], k_BKLD), dim=2)
-        v = torch.cat((values_BKND[:, :, : chunk.held], v_BKLD), dim=2)
+        k, v = (
+            torch.cat((kept[:, :, : piece.held], new), dim=2)
+            for kept, new in zip(buffers, (k_BKLD, v_BKLD), strict=True)
+        )
         if self._rotation is not None:
             # A query meets sinks at another distance than recent tokens: both its rotations side by side, and in each
             # key zeros beside the one that is not meant.
-            sink = chunk.sink_RM[:, None, :, None].to(k.dtype)
-            q = torch.cat((q, self._rotation(q, -chunk.shift_RL)), dim=-1)
+            sink = piece.sink_RM[:, None, :, None].to(k.dtype)
+            q = torch.cat((q, self._rotation(q, -piece.shift_RL)), dim=-1)
             k, v = torch.cat((k * (1 - sink), k * sink), dim=-1), F.pad(v, (0, v.shape[-1]))
-        out = forward.kernel.attend(q, k, v, chunk.prepared, scaling=forward.scaling, softcap=None)
-        source = chunk.source_RN[:, None, :, None]
-        for kept, new in ((keys_BKND, k_BKLD), (values_BKND, v_BKLD)):
+        out = forward.kernel.attend(q, k, v, piece.prepared, scaling=forward.scaling, softcap=None)
+        source = piece.source_RN[:, None, :, None]
+        for kept, new in zip(buffers, (k_BKLD, v_BKLD), strict=True):
             taken = new.gather(2, source.clamp(min=0).expand(kept.shape))
             kept.copy_(torch.where(source < 0, kept, taken))
         return out[..., : v_BKLD.shape[-1]]
 
-    def _chunk(self, q_BHLD: Tensor, k_BKLD: Tensor, start: int, forward: Forward) -> _Chunk:
+    def _piece(self, q_BHLD: Tensor, k_BKLD: Tensor, start: int, forward: Forward) -> _Piece:
         key = self._slots, self._rotation is None, start
         if key not in forward.shared:
-            forward.shared[key] = self._make_chunk(q_BHLD, k_BKLD, start, forward)
-        chunk: _Chunk = forward.shared[key]
-        return chunk
+            forward.shared[key] = self._make_piece(q_BHLD, k_BKLD, start, forward)
+        piece: _Piece = forward.shared[key]
+        return piece
 
-    def _make_chunk(self, q_BHLD: Tensor, k_BKLD: Tensor, start: int, forward: Forward) -> _Chunk:
+    def _make_piece(self, q_BHLD: Tensor, k_BKLD: Tensor, start: int, forward: Forward) -> _Piece:
         slots, stop = self._slots, start + q_BHLD.shape[2]
         padded = forward.tokens_BS is not None
         tokens_RS = torch.ones(1, stop, dtype=torch.bool, device=q_BHLD.device)
@@ -160,7 +148,7 @@ class Ring(Store):
         slot_RL = torch.where(stays & is_token_RL, slots.of(new_RL), slots.number)
         source_RN = torch.full((new_RL.shape[0], slots.number + 1), -1, device=new_RL.device)
         source_RN.scatter_(1, slot_RL, torch.arange(stop - start, device=new_RL.device).expand(slot_RL.shape))
-        return _Chunk(
+        return _Piece(
             held=held,
             source_RN=source_RN[:, :-1],
             shift_RL=(new_RL - (slots.number - 1)).clamp(min=0),
