@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lctrain.data.corpus import Document, Message
@@ -33,7 +34,11 @@ def encode_conversation(document: Document, tokenizer: PreTrainedTokenizerBase) 
 
 def answer_mask(offsets: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int]]) -> list[int]:
     """1 for each token, given by its characters, that begins in one of `answers`."""
-    return [int(any(start <= at < stop for start, stop in answers)) for at, _ in offsets]
+    begins = np.array([begin for begin, _ in offsets])
+    within = np.zeros(len(begins), dtype=np.int8)
+    for start, stop in answers:
+        within |= (start <= begins) & (begins < stop)
+    return within.tolist()
 
 
 def _answer_spans(document: Document, text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
