@@ -3,8 +3,8 @@
 Takes a folder that `lctrain train` exported, or any Hugging Face model. With attention=full, the default, the model
 runs as plain transformers runs it; another choice evaluates it under that pattern.
 
-run_dir receives report.json, pictures, and each cell as it is done: SIGTERM ends the run with exit code 75, and the same
-command with resume=auto goes on. cache=… and prefill_chunk_size=… say how a prompt is read and what is kept of it.
+run_dir receives report.json, pictures, and each cell as it is done: SIGTERM ends the run with exit code 75, and the
+same command with resume=auto goes on. cache=… and prefill_chunk_size=… say how a prompt is read and what is kept of it.
 
 examples:
   lctrain evaluate model.path=runs/demo/exported run_dir=runs/demo-evaluated
