@@ -1,13 +1,16 @@
-"""Measure a model: perplexity at several lengths and by position, passkey retrieval by length and depth.
+"""Measure a model: perplexity at several lengths and by position, recall of needles by length and depth.
 
 Takes a folder that `lctrain train` exported, or any Hugging Face model. With attention=full, the default, the model
 runs as plain transformers runs it; another choice evaluates it under that pattern.
 
-run_dir receives report.json and pictures.
+run_dir receives report.json, pictures, and each cell as it is done: SIGTERM ends the run with exit code 75, and the
+same command with resume=auto goes on. cache=… and prefill_chunk_size=… say how a prompt is read and what is kept of it.
 
 examples:
   lctrain evaluate model.path=runs/demo/exported run_dir=runs/demo-evaluated
   lctrain evaluate model.path=<folder or hub id> evaluation=perplexity sequence_length=8192 data=text data.path=<folder>
+  lctrain evaluate model.path=runs/demo/exported evaluation=needle run_dir=runs/needle
+  lctrain evaluate model.path=<folder with a head pattern> evaluation=needle cache=duo prefill_chunk_size=4096
   lctrain evaluate model.path=runs/demo/exported attention=sliding_window run_dir=runs/demo-window
 """
 

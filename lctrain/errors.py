@@ -10,4 +10,4 @@ class RunError(RuntimeError):
 
 
 class Stopped(RunError):
-    """The run was asked to stop and has written a checkpoint. The command line exits with 75, as in "try again"."""
+    """The run was asked to stop and kept what was done. The command line exits with 75, as in "try again"."""
