@@ -110,7 +110,7 @@ def row_mask(method: MaskedAttention, length: int, heads: Heads, documents: list
     return Mask(
         q_length=length,
         kv_length=length,
-        num_heads=heads.num_attention_heads if method.heads_differ(layout) else 1,
+        num_heads=len(method.head_groups(layout, heads.num_attention_heads)),
         num_key_value_groups=heads.num_attention_heads // heads.num_key_value_heads,
         head_dim=heads.head_dim,
         device=torch.device(device),
