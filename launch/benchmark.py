@@ -2,20 +2,20 @@
 
   overhead   tokens/s of `lctrain train` against a plain PyTorch loop on the same model, batch and attention
   kernels    every attention pattern against full causal attention, by the pairs of tokens it needs (CUDA)
-  step       whole training steps by length, attention and tuning, with random weights, beside peer=trl or assembly
+  step       whole training steps by length, attention and tuning, with random weights, beside peers=[trl,assembly]
   length     peak memory by length with each saving alone, up to the first that does not fit
   gates      training DuoAttention's gates against two passes with dense masks and against one of both rows together
   serve      a full cache against DuoAttention's: memory, prefill, decoding, the longest row that fits
   retrieval  recall and perplexity with a learned head pattern, by the share of heads that stream, beside random heads
   trace      a profile of one step: the device's busy share, the longest kernels, waits and compilations
 
-Prints a table and writes overhead.json, kernels.json … into run_dir. Takes every group and option of `lctrain train`.
+Prints a table and writes overhead.json, step.jsonl … into run_dir. Takes every group and option of `lctrain train`.
 
 examples:
   lctrain benchmark overhead
   lctrain benchmark overhead run_dir=runs/overhead num_steps=50 num_repeats=5 sequence_length=2048
   lctrain benchmark overhead model.path=<folder or hub id>
-  lctrain benchmark step model=llama3_8b model.dtype=bfloat16 tuning=lora memory=auto trainer.accelerator=auto peer=trl
+  lctrain benchmark step model=llama3_8b model.dtype=bfloat16 tuning=lora memory=auto trainer.accelerator=gpu peers=[trl]
   lctrain benchmark length model=llama3_8b model.dtype=bfloat16 tuning=lora trainer.accelerator=auto
   lctrain benchmark gates experiment=duo model=llama3_8b model.dtype=bfloat16 lengths=[32768] trainer.accelerator=auto
   lctrain benchmark serve model=llama3_8b trainer.accelerator=auto model.dtype=bfloat16

@@ -19,7 +19,7 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a pattern may depend on besides indices. Heads are global: `first_head` is this rank's first query head."""
+    """What a pattern may depend on besides indices. Heads are global: `first_head` is the first query head here."""
 
     length: int  # keys in the row
     num_attention_heads: int
@@ -93,9 +93,14 @@ class MaskedAttention(Attention):
         """Layers of one group share one mask."""
         return None
 
-    def heads_differ(self, layout: Layout) -> bool:
-        """Whether `visible` depends on the head."""
-        return False
+    def head_group(self, layout: Layout, head: int) -> Hashable:
+        """Query heads of one group see the same; `head` counts those of the whole layer."""
+        return None
+
+    def head_groups(self, layout: Layout, num_heads: int) -> tuple[Hashable, ...]:
+        """Of `num_heads` query heads from `layout.first_head` on; one where they are all alike."""
+        groups = tuple(self.head_group(layout, layout.first_head + head) for head in range(num_heads))
+        return groups if len(set(groups)) > 1 else groups[:1]
 
     def attend(
         self, module: nn.Module, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, layout: Layout, run: Run

@@ -63,8 +63,8 @@ class ShiftedSparseAttention(MaskedAttention):
     def can_decode(self) -> bool:
         return self.group_size is not None
 
-    def heads_differ(self, layout: Layout) -> bool:
-        return self.group_size_ratio != 1
+    def head_group(self, layout: Layout, head: int) -> bool:
+        return self.group_size_ratio != 1 and head >= layout.num_attention_heads // 2
 
     def _exact_size(self, length: int) -> float:
         # Rounded far below one token: 0.07 * 100 is 7.000000000000001 in floating point.

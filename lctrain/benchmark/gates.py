@@ -21,7 +21,7 @@ from lctrain.benchmark.step import write
 from lctrain.benchmark.straightforward import ConcatenatedDistillation, ConcatenatedDuoAttention, DenseKernel
 from lctrain.data.batch import IGNORED, Batch
 from lctrain.errors import InputError
-from lctrain.memory.savings import Savings
+from lctrain.memory.savings import NOTHING
 from lctrain.model.install import install
 from lctrain.model.recipe import ModelRecipe
 from lctrain.plan.run import resolve
@@ -29,7 +29,7 @@ from lctrain.training.distillation import Distillation
 from lctrain.training.gates import gates_of
 from lctrain.training.module import LongContextModule
 
-EVERY_LAYER = Savings(checkpoint_layers="all", checkpoint_every=1, save_attention=0, offload=0, mlp_tile=0)
+EVERY_LAYER = replace(NOTHING, checkpoint_layers="all")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,11 @@
 """How fast attention runs: forward and backward of every static pattern, on the pairs of tokens that it needs."""
 
-import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +22,7 @@ from lctrain.attention.full import FullAttention
 from lctrain.attention.shifted_sparse import ShiftedSparseAttention
 from lctrain.attention.sliding_window import SlidingWindowAttention
 from lctrain.attention.streaming import StreamingAttention
+from lctrain.benchmark.points import Points
 from lctrain.errors import InputError
 from lctrain.kernels.base import Demand, Kernel
 from lctrain.kernels.block_mask import BLOCK, block_mask
@@ -65,34 +67,37 @@ class Result:
     of_full: float | None = None  # the rate over that of "full", not packed, of this length
 
 
+FIELDS = [field.name for field in fields(Result)]
+
+
 def kernels(cfg: DictConfig) -> list[Result]:
     """Every pattern, alone and packed, at `kernels.lengths`; a case that fails is told and left out.
 
-    Writes kernels.json into run_dir. Raises InputError without a CUDA device.
+    Every row goes into run_dir/kernels.jsonl as it is measured. Raises InputError without a CUDA device.
     """
-    target = Path(cfg.run_dir) / "kernels.json"
-    if target.exists():
-        raise InputError(f"{target} exists; choose another run_dir")
     if not torch.cuda.is_available():
         raise InputError("benchmark kernels needs a CUDA device")
     heads = Heads(**{name: cfg.kernels[name] for name in Heads.__dataclass_fields__})
     demand = Demand(device_type="cuda", dtype=torch.bfloat16, head_dim=heads.head_dim, softcap=None)
     name, kernel = choose(cfg.kernel, demand)
-    failures: dict[str, str] = {}
-    results = []
-    for length in cfg.kernels.lengths:
-        rows = []
-        for pattern, packed in [(p, packed) for packed in (False, True) for p in cfg.kernels.patterns]:
-            try:
-                rows.append(_case(kernel, pattern, packed, length, heads, cfg.num_repeats))
-            except Exception as error:  # another case may well run
-                failures[f"{pattern} packed={packed} {length}"] = f"{type(error).__name__}: {error}"[:500]
-                log.exception("%s at %d tokens failed", pattern, length)
-            torch.cuda.empty_cache()
-        results += _against_full(rows)
-        _write(target, {"kernel": name, **asdict(heads), "results": [*map(asdict, results)], "failures": failures})
-    _print(name, results, target)
+    points = Points(Path(cfg.run_dir) / "kernels.jsonl", cfg.minutes)
+    for length, packed, pattern in product(cfg.kernels.lengths, (False, True), cfg.kernels.patterns):
+        point = asdict(heads) | {"kernel": name, "pattern": pattern, "packed": packed, "length": length}
+        points.measure(point, partial(_tried, kernel, pattern, packed, length, heads, cfg.num_repeats))
+    measured = [row for row in points.rows if "error" not in row]
+    results = _against_full([Result(**{field: row[field] for field in FIELDS}) for row in measured])
+    _print(name, results, points.told())
     return results
+
+
+def _tried(kernel: Kernel, pattern: str, *case: Any) -> dict[str, Any]:
+    try:
+        return asdict(_case(kernel, pattern, *case))
+    except Exception as error:  # another case may well run
+        log.exception("%s failed", pattern)
+        return {"error": f"{type(error).__name__}: {error}"[:500]}
+    finally:
+        torch.cuda.empty_cache()
 
 
 def row_mask(method: MaskedAttention, length: int, heads: Heads, documents: list[int], device: str) -> Mask:
@@ -110,7 +115,7 @@ def row_mask(method: MaskedAttention, length: int, heads: Heads, documents: list
     return Mask(
         q_length=length,
         kv_length=length,
-        num_heads=heads.num_attention_heads if method.heads_differ(layout) else 1,
+        num_heads=len(method.head_groups(layout, heads.num_attention_heads)),
         num_key_value_groups=heads.num_attention_heads // heads.num_key_value_heads,
         head_dim=heads.head_dim,
         device=torch.device(device),
@@ -225,20 +230,12 @@ def _seconds(run: Callable[[], Any], count: int) -> float:
     return milliseconds / 1000 / count
 
 
-def _write(target: Path, found: dict[str, object]) -> None:
-    """After every length: the next one may take minutes."""
-    machine = {"torch": torch.__version__, "card": torch.cuda.get_device_name()}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(machine | found, indent=2) + "\n")
-
-
 def _against_full(rows: list[Result]) -> list[Result]:
-    full = [row.tflops_per_second for row in rows if row.pattern == "full" and not row.packed]
-    rate = full[0] if full else None
-    return [Result(**{**asdict(row), "of_full": rate and row.tflops_per_second / rate}) for row in rows]
+    full = {row.length: row.tflops_per_second for row in rows if row.pattern == "full" and not row.packed}
+    return [replace(r, of_full=r.tflops_per_second / full[r.length] if r.length in full else None) for r in rows]
 
 
-def _print(name: str, results: list[Result], target: Path) -> None:
+def _print(name: str, results: list[Result], told: str) -> None:
     table = Table("tokens", "pattern", "forward ms", "with backward ms", "TF/s", "of full", "mask ms", "mask MiB")
     for row in results:
         table.add_row(
@@ -253,4 +250,4 @@ def _print(name: str, results: list[Result], target: Path) -> None:
         )
     Console(width=120).print(table)
     below = sum(row.of_full is not None and row.of_full < GOAL for row in results)
-    print(f"kernel={name}: {len(results) - below} of {len(results)} at or above {GOAL:.0%} of full; {target}")
+    print(f"kernel={name}: {len(results) - below} of {len(results)} at or above {GOAL:.0%} of full; {told}")

@@ -1,6 +1,9 @@
 """How long a row can be: peak memory by length with each saving alone, up to the first that does not fit."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -8,44 +11,55 @@ import torch
 from omegaconf import DictConfig
 
 from lctrain.benchmark.measure import measure
-from lctrain.benchmark.step import choose, label, show, write
+from lctrain.benchmark.points import Points
+from lctrain.benchmark.step import choose, label, show
 from lctrain.memory.savings import NOTHING, Savings
 
+ALL = {"checkpoint_layers": "all"}
+LOSSES = ("tiled", "liger")
 LADDER: dict[str, Savings] = {
     name: replace(NOTHING, **fields)  # type: ignore[arg-type]
     for name, fields in {
         "nothing": {},
-        "checkpoint": {"checkpoint_layers": "all"},
-        "checkpoint, MLP tiled": {"checkpoint_layers": "all", "mlp_tile": 8192},
-        "checkpoint, attention kept": {"checkpoint_layers": "all", "save_attention": "all"},
-        "checkpoint every 4": {"checkpoint_layers": "all", "checkpoint_every": 4},
-        "checkpoint, offload": {"checkpoint_layers": "all", "offload": "all"},
+        "checkpoint": ALL,
+        "checkpoint, MLP tiled": ALL | {"mlp_tile": 8192},
+        "checkpoint, attention kept": ALL | {"save_attention": "all"},
+        "checkpoint every 4": ALL | {"checkpoint_every": 4},
+        "checkpoint, offload": ALL | {"offload": "all"},
+        "checkpoint, heads at a time": ALL | {"kv_heads_at_a_time": 1},
     }.items()
 }
 
 
 def length(cfg: DictConfig) -> list[dict[str, Any]]:
-    """One whole optimizer step at each of `lengths`, ascending; with `memory` given, of that alone.
-
-    Writes length.json into run_dir after every row.
+    """One whole optimizer step at each of `lengths`, ascending, with each saving alone and each loss, then with
+    memory=auto; or of the configured memory alone. Every row goes into run_dir/length.jsonl as it is measured.
     """
-    target = Path(cfg.run_dir) / "length.json"
-    rows: list[dict[str, Any]] = []
-    for attention in cfg.attentions or [None]:
-        for tuning in cfg.tunings or [None]:
-            case = choose(cfg, attention=attention, tuning=tuning)
-            for savings in LADDER.values() if cfg.ladder else [None]:
-                for num_tokens in sorted(cfg.lengths):
-                    rows.append(label(case) | _one_step(case, num_tokens, savings))
-                    write(target, rows)
-                    if "error" in rows[-1]:
-                        break
-    show(rows, target)
-    return rows
+    points = Points(Path(cfg.run_dir) / "length.jsonl", cfg.minutes)
+    for attention, tuning in product(cfg.attentions or [None], cfg.tunings or [None]):
+        case = choose(cfg, attention=attention, tuning=tuning)
+        for name, changed, savings in _rungs(case) if cfg.ladder else [(None, case, None)]:
+            for num_tokens in sorted(cfg.lengths):
+                point = label(changed) | {"saving": name, "length": num_tokens}
+                row = points.measure(point, partial(_one_step, changed, num_tokens, savings))
+                if row is None or "error" in row:
+                    break
+    show(points.rows, points.told())
+    return points.rows
+
+
+def _rungs(cfg: DictConfig) -> Iterator[tuple[str, DictConfig, Savings | None]]:
+    for name, savings in LADDER.items():
+        yield name, cfg, savings
+    for loss in LOSSES:
+        changed = cfg.copy()
+        changed.objective.loss = loss
+        yield f"{loss} loss", changed, NOTHING
+    yield "auto", choose(cfg, memory="auto"), None
 
 
 def _one_step(cfg: DictConfig, num_tokens: int, savings: Savings | None) -> dict[str, Any]:
     try:
         return asdict(measure(cfg, num_tokens, num_steps=1, warm_up=0, memory=savings))
     except torch.OutOfMemoryError:
-        return {"length": num_tokens, "seconds": [], "error": "out of memory", "memory": str(savings)}
+        return {"seconds": [], "error": "out of memory", "memory": str(savings)}

@@ -4,7 +4,7 @@ import gc
 import resource
 import time
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import inf, isfinite
 from statistics import median
 from typing import Any
 
@@ -14,6 +14,7 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
+from lctrain.benchmark.peers.whole_step import is_enough
 from lctrain.benchmark.random_model import RandomModel
 from lctrain.data.batch import Batch
 from lctrain.errors import RunError
@@ -42,8 +43,11 @@ class Measured:
 
 
 class _Clock(Callback):
-    def __init__(self) -> None:
+    """Ends the run when the steps behind `warm_up` have taken `budget` seconds and are three."""
+
+    def __init__(self, warm_up: int, budget: float) -> None:
         self.seconds: list[float] = []
+        self._warm_up, self._budget = warm_up, budget
         self.loss = float("nan")
         self._start = 0.0
 
@@ -57,16 +61,25 @@ class _Clock(Callback):
         synchronize(pl_module.device)
         self.seconds.append(time.perf_counter() - self._start)
         self.loss = float(outputs["loss"])
+        trainer.should_stop |= is_enough(self.seconds[self._warm_up :], self._budget)
 
 
 def measure(
-    cfg: DictConfig, length: int, *, num_steps: int, memory: Savings | None = None, warm_up: int = 1, **callbacks: Any
+    cfg: DictConfig,
+    length: int,
+    *,
+    num_steps: int,
+    budget: float = inf,
+    memory: Savings | None = None,
+    warm_up: int = 1,
+    **callbacks: Any,
 ) -> Measured:
-    """Trains for `warm_up` + `num_steps` steps on one row of `length` random tokens.
+    """Trains for `warm_up` + `num_steps` steps on one row of `length` random tokens; for fewer, three at least, once
+    they have taken `budget` seconds.
 
     Raises torch.OutOfMemoryError where it does not fit, RunError for a loss that is not finite.
     """
-    clock = _Clock()
+    clock = _Clock(warm_up, budget)
     trainer: Trainer = instantiate(
         cfg.trainer,
         logger=False,

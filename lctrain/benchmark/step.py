@@ -1,12 +1,11 @@
 """How fast a whole training step is: lengths × attention × tuning, beside what others run."""
 
 import json
-import platform
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
-from importlib.metadata import version
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,44 +17,36 @@ from rich.console import Console
 from rich.table import Table
 
 from lctrain.benchmark.measure import Measured, measure
+from lctrain.benchmark.points import Points, device_name, fingerprint, versions
 from lctrain.config import conf_dir, nearest
 from lctrain.errors import InputError
 
-PEERS = ("none", "trl", "assembly")
-PACKAGES = ("torch", "transformers", "peft", "lightning", "triton", "liger-kernel", "flash-attn-4", "trl")
+PEERS = ("trl", "assembly")
 
 
 def step(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Medians over `num_steps` steps of a model of the configured shape with random weights, and the peer's.
+    """Steps of a model of the configured shape with random weights, and the peers': medians, fastest, slowest.
 
-    The peer's attention is its own, its tuning LoRA. Writes step.json into run_dir after every row.
+    A peer's attention is its own, its tuning LoRA. Every row goes into run_dir/step.jsonl as it is measured.
     """
-    if cfg.peer not in PEERS:
-        raise InputError(f"peer={cfg.peer} is none of {', '.join(PEERS)}")
-    target = Path(cfg.run_dir) / "step.json"
-    rows: list[dict[str, Any]] = []
-    for row in _rows(cfg):
-        rows.append(row)
-        write(target, rows)
-    show(rows, target)
-    return rows
-
-
-def _rows(cfg: DictConfig) -> Iterator[dict[str, Any]]:
+    if unknown := [peer for peer in cfg.peers if peer not in PEERS]:
+        raise InputError(f"peers: {unknown[0]} is none of {', '.join(PEERS)}")
+    points = Points(Path(cfg.run_dir) / "step.jsonl", cfg.minutes)
     for attention in cfg.attentions or [None]:
-        if cfg.peer != "none":
-            yield from ask_peer(cfg, cfg.peer, attention or kind(cfg, "attention"))
-        for tuning in cfg.tunings or [None]:
-            case = choose(cfg, attention=attention, tuning=tuning)
-            for length in cfg.lengths:
-                yield label(case) | _measured(case, length)
+        cases = [choose(cfg, attention=attention, tuning=tuning) for tuning in cfg.tunings or [None]]
+        for peer in cfg.peers:
+            _ask(points, cfg, peer, kind(cases[0], "attention"))
+        for case, length in product(cases, cfg.lengths):
+            points.measure(label(case) | {"length": length}, partial(_measured, case, length))
+    show(points.rows, points.told())
+    return points.rows
 
 
 def _measured(cfg: DictConfig, length: int) -> dict[str, Any]:
     try:
-        measured: Measured = measure(cfg, length, num_steps=cfg.num_steps)
+        measured: Measured = measure(cfg, length, num_steps=cfg.num_steps, budget=cfg.step_seconds)
     except torch.OutOfMemoryError:
-        return {"length": length, "seconds": [], "error": "out of memory"}
+        return {"seconds": [], "error": "out of memory"}
     return asdict(measured)
 
 
@@ -73,6 +64,7 @@ def label(cfg: DictConfig) -> dict[str, Any]:
         "attention": kind(cfg, "attention"),
         "tuning": tuning + (f" and {', '.join(trainable)}" if trainable else ""),
         "precision": cfg.precision,
+        "config": fingerprint(cfg.model),
     }
 
 
@@ -90,40 +82,45 @@ def choose(cfg: DictConfig, **choices: str | None) -> DictConfig:
     return changed
 
 
-def ask_peer(cfg: DictConfig, peer: str, attention: str) -> Iterator[dict[str, Any]]:
-    """What a peer measures of itself, in a process of its own."""
+def _ask(points: Points, cfg: DictConfig, peer: str, attention: str) -> None:
+    """What a peer measures of itself, in a process of its own for each length."""
     config = instantiate(cfg.model, _convert_="all").base_config()
-    settings = {
-        "architecture": {key: value for key, value in config.to_dict().items() if key not in ("dtype", "use_cache")},
+    architecture = {key: value for key, value in config.to_dict().items() if key not in ("dtype", "use_cache")}
+    row = {
+        "stack": peer,
         "attention": attention,
-        "lengths": list(cfg.lengths),
-        "num_steps": cfg.num_steps,
+        "tuning": "lora",
+        "precision": None,
+        "num_layers": config.num_hidden_layers,
     }
+    for length in cfg.lengths:
+        settings = {
+            "architecture": architecture,
+            "attention": attention,
+            "length": length,
+            "num_steps": cfg.num_steps,
+            "seconds": cfg.step_seconds,
+        }
+        points.measure(row | {"length": length}, partial(_answer, peer, settings))
+
+
+def _answer(peer: str, settings: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-m", f"lctrain.benchmark.peers.{peer}", json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     answers = [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("PEER ")]
-    for answer in answers or [{"length": None, "seconds": [], "error": done.stderr.strip().splitlines()[-1:]}]:
-        yield {"stack": peer, "attention": attention, "tuning": "lora", "precision": None} | answer
+    return answers[0] if answers else {"seconds": [], "error": done.stderr.strip().splitlines()[-1:]}
 
 
 def write(target: Path, rows: list[dict[str, Any]], **more: Any) -> None:
     """Rows with what they were measured on, and more, as JSON."""
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    versions = {name: _version(name) for name in PACKAGES}
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps({"device": card, "versions": versions, "rows": rows} | more, indent=2) + "\n")
+    found = {"device": device_name(), "versions": versions(), "rows": rows} | more
+    target.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except ImportError:
-        return None
-
-
-def show(rows: list[dict[str, Any]], target: Path) -> None:
+def show(rows: list[dict[str, Any]], told: str) -> None:
     """The rows as a table."""
-    table = Table("stack", "attention", "tuning", "tokens", "tokens/s", "step, s", "GiB", "memory")
+    table = Table("stack", "attention", "tuning", "tokens", "tokens/s", "step, s", "fastest, slowest", "GiB", "memory")
     for row in rows:
         seconds = median(row["seconds"]) if row["seconds"] else None
         length = row["length"]
@@ -134,8 +131,9 @@ def show(rows: list[dict[str, Any]], target: Path) -> None:
             f"{length:,}" if length else "",
             f"{length / seconds:,.0f}" if seconds else str(row.get("error")),
             f"{seconds:.2f}" if seconds else "",
+            f"{min(row['seconds']):.2f}, {max(row['seconds']):.2f} of {len(row['seconds'])}" if seconds else "",
             f"{row['device_memory']:.1f}" if "device_memory" in row else "",
             row.get("memory", ""),
         )
     Console().print(table)
-    print(target)
+    print(told)

@@ -33,20 +33,22 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 class _Multiply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, layer: "FP8Linear") -> Tensor:
-        ctx.layer, ctx.dtype = layer, x_NI.dtype
-        return _rows(x_NI, layer.rows, layer.row_scales)
+    def forward(ctx: Any, x_NI: Tensor, layer: "FP8Linear", outputs: slice, inputs: slice) -> Tensor:
+        ctx.layer, ctx.outputs, ctx.inputs, ctx.dtype = layer, outputs, inputs, x_NI.dtype
+        return _rows(x_NI, layer.rows[outputs, inputs], layer.row_scales[outputs])
 
     @staticmethod
-    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor, None]:
-        return _rows(dy_NO, ctx.layer.columns, ctx.layer.column_scales).to(ctx.dtype), None
+    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
+        layer, outputs, inputs = ctx.layer, ctx.outputs, ctx.inputs
+        d_x = _rows(dy_NO, layer.columns[inputs, outputs], layer.column_scales[inputs]).to(ctx.dtype)
+        return d_x, None, None, None
 
 
 def _rows(x: Tensor, matrix: Tensor, scales: Tensor) -> Tensor:
     """x · matrixᵀ in bf16, accumulated in fp32."""
     values, x_scales = quantize(x)
     by_row = ScalingType.RowWise
-    return scaled_mm(values, matrix.T, x_scales, by_row, scales.T, by_row, use_fast_accum=True)
+    return scaled_mm(values, matrix.contiguous().T, x_scales, by_row, scales.T, by_row, use_fast_accum=True)
 
 
 class FP8Linear(nn.Module):
@@ -76,8 +78,12 @@ class FP8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x Wᵀ + bias in bf16; x is [..., I]."""
-        y: Tensor = _Multiply.apply(x.flatten(0, -2), self)  # type: ignore[no-untyped-call]
-        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.part(x, slice(None), slice(None))
+
+    def part(self, x: Tensor, outputs: slice, inputs: slice) -> Tensor:
+        """These outputs of the layer, or what these inputs add to it; the first of them bring the bias."""
+        y: Tensor = _Multiply.apply(x.flatten(0, -2), self, outputs, inputs)  # type: ignore[no-untyped-call]
+        y = y if self.bias is None or inputs.start else y + self.bias[outputs].to(y.dtype)
         return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
 
 

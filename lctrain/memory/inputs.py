@@ -1,6 +1,5 @@
 """What checkpointed layers leave behind: their inputs, on the device, on the host, or to be computed again."""
 
-from collections import deque
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from lctrain.memory.host import Host
-from lctrain.memory.recall import recording, replaying
+from lctrain.memory.recall import AttentionCall, recording, replaying
 
 
 class LayerInputs:
@@ -40,10 +39,8 @@ class LayerInputs:
         """What surrounds a layer's forward, and what its recomputation."""
         if self._pass is None or not torch.is_grad_enabled():
             return nullcontext(), nullcontext()
-        if self._pass.begin_layer() < self.first_attention:
-            return nullcontext(), nullcontext()
-        outputs: deque[Tensor] = deque()
-        return recording(outputs), replaying(outputs)
+        calls: list[AttentionCall] = []
+        return recording(calls, keep=self._pass.begin_layer() >= self.first_attention), replaying(calls)
 
     def _begin(self, decoder: nn.Module, _: Any) -> None:
         if decoder.training and torch.is_grad_enabled():

@@ -5,18 +5,15 @@ that is asked for makes the layer run again. Two things are better known than to
 needs of its inputs, and that its output is worth more than it weighs.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-
-Outputs = deque[Tensor]
-_outputs: ContextVar[tuple[Outputs, bool] | None] = ContextVar("outputs", default=None)
+from torch.utils.checkpoint import checkpoint
 
 
 class _Save(torch.autograd.Function):
@@ -51,62 +48,57 @@ def save(*tensors: Tensor) -> tuple[tuple[Tensor, ...], Recall]:
     return saved, Recall(saved[0].grad_fn)
 
 
-@contextmanager
-def recording(outputs: Outputs) -> Iterator[None]:
-    """A checkpointed layer's forward: `attend_once` leaves its outputs here."""
-    token = _outputs.set((outputs, False))
-    try:
-        yield
-    finally:
-        _outputs.reset(token)
+class AttentionCall:
+    """One attention of a checkpointed layer, from its first run to its backward.
 
-
-@contextmanager
-def replaying(outputs: Outputs) -> Iterator[None]:
-    """The same layer run again: `attend_once` takes its outputs from here and computes nothing."""
-    token = _outputs.set((outputs, True))
-    try:
-        yield
-    finally:
-        _outputs.reset(token)
-
-
-def attend_once(attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """attend(q, k, v), which a recomputation of the layer does not run again.
-
-    Whatever kernel runs: of what its backward needs, the output and all else it made are kept; q, k and v are not,
-    they come from the recomputed layer. Outside of `recording` this is attend(q, k, v).
+    Of what the kernel's backward needs, q, k and v come from the recomputed layer. The output and all else that the
+    kernel made is kept here from the first run on (`keep`), or from the layer's recomputation on.
     """
-    current = _outputs.get()
-    if current is None or not torch.is_grad_enabled() or not any(x.requires_grad for x in (q, k, v)):
-        return attend(q, k, v)
-    outputs, again = current
-    (q, k, v), recall = save(q, k, v)
-    if again:
-        return outputs.popleft().requires_grad_()
-    hooks = _KeptOutside((q, k, v), recall)
-    with saved_tensors_hooks(hooks.pack, hooks.unpack):
-        out = attend(q, k, v)
-    hooks.forget()
-    outputs.append(out.detach())
-    return out
+
+    def __init__(self, keep: bool) -> None:
+        self._fills = keep
+        self._begun = False
+        self._out: Tensor | None = None
+        self.made: list[Tensor] = []
+
+    def run(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """attend(q, k, v), computed only if its output is not here."""
+        (q, k, v), recall = save(q, k, v)
+        if self._out is None:
+            hooks = _WithoutInputs((q, k, v), recall, self.made, self._fills)
+            with saved_tensors_hooks(hooks.pack, hooks.unpack):
+                out = attend(q, k, v)
+            hooks.forget()
+            self._out = out.detach() if self._fills else None
+            self._fills = True
+            if not self._begun:
+                self._begun = True
+                return out
+        assert self._out is not None
+        return self._out.detach().requires_grad_()  # whose graph nobody walks
 
 
-class _KeptOutside:
-    """Hooks that keep every tensor but views of `inputs`, which `recall` gives."""
+class _WithoutInputs:
+    """Hooks that keep no view of `inputs`, which `recall` gives, and put other tensors into `made`, if at all."""
 
-    def __init__(self, inputs: tuple[Tensor, ...], recall: Recall) -> None:
-        self._inputs, self._recall = inputs, recall
+    def __init__(self, inputs: tuple[Tensor, ...], recall: Recall, made: list[Tensor], fills: bool) -> None:
+        self._inputs, self._recall, self._made, self._fills = inputs, recall, made, fills
+        self._num_made = 0
 
     def pack(self, tensor: Tensor) -> Any:
         for index, given in enumerate(self._inputs):
             if tensor.untyped_storage()._cdata == given.untyped_storage()._cdata:
                 return index, tensor.shape, tensor.stride(), tensor.storage_offset() - given.storage_offset()
-        return tensor
+        if self._fills:
+            self._made.append(tensor.detach())
+        self._num_made += 1
+        return self._num_made - 1
 
     def unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
+        if isinstance(packed, int):
+            if packed >= len(self._made):
+                self._recall()  # the layer runs again, and this attention in it
+            return self._made[packed]
         index, shape, stride, offset = packed
         given: Tensor = self._recall()[index]
         return given.as_strided(shape, stride, given.storage_offset() + offset)
@@ -114,3 +106,65 @@ class _KeptOutside:
     def forget(self) -> None:
         """Autograd holds on to hooks: these must not hold on to the inputs."""
         self._inputs = ()
+
+
+_next_call: ContextVar[Callable[[], AttentionCall] | None] = ContextVar("next_call", default=None)
+
+
+def attend_once(attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """attend(q, k, v), whatever kernel runs; in a checkpointed layer it is the next `AttentionCall`."""
+    next_call = _next_call.get()
+    if next_call is None or not torch.is_grad_enabled() or not any(x.requires_grad for x in (q, k, v)):
+        return attend(q, k, v)
+    return next_call().run(attend, q, k, v)
+
+
+def recording(calls: list[AttentionCall], *, keep: bool) -> AbstractContextManager[None]:
+    """A checkpointed layer's forward: its attentions are appended to `calls`."""
+    return _calls_from(lambda: _appended(calls, AttentionCall(keep)))
+
+
+def replaying(calls: list[AttentionCall]) -> AbstractContextManager[None]:
+    """The same layer run again."""
+    return _calls_from(iter(calls).__next__)
+
+
+def noting(calls: list[AttentionCall]) -> AbstractContextManager[None]:
+    """A part of a layer that is checkpointed by itself: its attentions are appended to `calls` too."""
+    whole = _next_call.get() or (lambda: AttentionCall(keep=False))
+    return _calls_from(lambda: _appended(calls, whole()))
+
+
+@contextmanager
+def _calls_from(source: Callable[[], AttentionCall]) -> Iterator[None]:
+    token = _next_call.set(source)
+    try:
+        yield
+    finally:
+        _next_call.reset(token)
+
+
+def _appended(calls: list[AttentionCall], call: AttentionCall) -> AttentionCall:
+    calls.append(call)
+    return call
+
+
+def recomputed(run: Callable[[Tensor], Tensor], given: Tensor, again: Callable[[], Tensor]) -> Tensor:
+    """run(given), of which nothing is kept; the backward runs it once more on what `again` gives.
+
+    Inside a checkpointed layer, whose own recomputation it does not join.
+    """
+    first = [given]  # not an argument of the checkpoint, which would keep it
+    calls: list[AttentionCall] = []
+
+    def compute() -> Tensor:
+        return run(first.pop() if first else again())
+
+    with saved_tensors_hooks(_as_it_is, _as_it_is):  # what a checkpoint saves itself would count as the layer's
+        return checkpoint(  # type: ignore[no-any-return]
+            compute, use_reentrant=False, context_fn=lambda: (noting(calls), replaying(calls))
+        )
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,6 +1,6 @@
 """Which activations a step keeps: the option group `memory`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -27,10 +27,11 @@ class Savings:
     save_attention: Count  # the last of the checkpointed layers keep attention's output, and never run it again
     offload: Count  # the first of the kept inputs wait in pinned host memory, copied beside the computation
     mlp_tile: int  # tokens that a checkpointed layer's MLP sees at a time; 0 is all of them
+    kv_heads_at_a_time: int  # that a checkpointed layer's attention computes, with their query heads; 0 is all of them
 
     def check(self, config: PreTrainedConfig, *, device_type: str, dropout: bool) -> None:
         """InputError for what has no effect, or can't work, on such a model and device."""
-        for name in ("checkpoint_layers", "save_attention", "offload", "mlp_tile"):
+        for name in ("checkpoint_layers", "save_attention", "offload", "mlp_tile", "kv_heads_at_a_time"):
             value: Count = getattr(self, name)
             if isinstance(value, int) and value < 0:
                 raise InputError(f"memory.{name}={value} must be a number from 0 on")
@@ -46,6 +47,17 @@ class Savings:
             raise InputError("memory.offload needs a CUDA device: the tensors are in the host's memory already")
         if counts.checkpoint_every > 1 and dropout:
             raise InputError("memory.checkpoint_every can't repeat dropout's draws; set it to 1 or dropout to 0")
+        if self.kv_heads_at_a_time:
+            self._check_heads(config.num_key_value_heads, dropout)
+
+    def _check_heads(self, num_key_value_heads: int, dropout: bool) -> None:
+        if num_key_value_heads % self.kv_heads_at_a_time:
+            raise InputError(
+                f"memory.kv_heads_at_a_time={self.kv_heads_at_a_time} does not divide the model's "
+                f"{num_key_value_heads} key-value heads"
+            )
+        if dropout:
+            raise InputError("memory.kv_heads_at_a_time can't share dropout's draws between heads; set dropout to 0")
 
     def resolve(self, num_layers: int) -> "Savings":
         """The same with numbers for "all", and no more than there are."""
@@ -55,13 +67,8 @@ class Savings:
 
         layers = within(self.checkpoint_layers, num_layers)
         inputs = -(-layers // max(1, self.checkpoint_every))
-        return Savings(
-            checkpoint_layers=layers,
-            checkpoint_every=self.checkpoint_every,
-            save_attention=within(self.save_attention, layers),
-            offload=within(self.offload, inputs),
-            mlp_tile=self.mlp_tile,
-        )
+        attention, offload = within(self.save_attention, layers), within(self.offload, inputs)
+        return replace(self, checkpoint_layers=layers, save_attention=attention, offload=offload)
 
     def apply(self, model: PreTrainedModel, host: Host) -> None:
         """Make a tuned `model` save. Parameters keep their names."""
@@ -92,6 +99,7 @@ class Savings:
         parts += [f"{self.save_attention} keep attention"] if self.save_attention else []
         parts += [f"{self.offload} inputs on the host"] if self.offload else []
         parts += [f"MLPs by {self.mlp_tile} tokens"] if self.mlp_tile else []
+        parts += [f"attention by {self.kv_heads_at_a_time} key-value heads"] if self.kv_heads_at_a_time else []
         return ", ".join(parts)
 
 
@@ -103,7 +111,9 @@ class AutoSavings:
     host_memory: float | None
 
 
-NOTHING = Savings(checkpoint_layers=0, checkpoint_every=1, save_attention=0, offload=0, mlp_tile=0)
+NOTHING = Savings(
+    checkpoint_layers=0, checkpoint_every=1, save_attention=0, offload=0, mlp_tile=0, kv_heads_at_a_time=0
+)
 
 
 def _enable(model: PreTrainedModel, inputs: LayerInputs) -> None:

@@ -4,10 +4,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
 
-from lctrain.memory.recall import Recall, save
+from lctrain.memory.recall import Recall, recomputed, save
 
 
 class TiledMLP(nn.Module):
@@ -33,17 +31,7 @@ class TiledMLP(nn.Module):
         tiles = hidden_BLD.split(self._tile, dim=1)
         if recall is None:
             return torch.cat([self._run(tile) for tile in tiles], dim=1)
-        return torch.cat([self._checkpointed(tile, index, recall) for index, tile in enumerate(tiles)], dim=1)
+        return torch.cat([self._recomputed(tile, index, recall) for index, tile in enumerate(tiles)], dim=1)
 
-    def _checkpointed(self, tile_BLD: Tensor, index: int, recall: Recall) -> Tensor:
-        first = [tile_BLD]  # not an argument of the checkpoint, which would keep it
-
-        def run() -> Tensor:
-            return self._run(first.pop() if first else recall()[0].split(self._tile, dim=1)[index])
-
-        with saved_tensors_hooks(_as_it_is, _as_it_is):  # what a checkpoint saves itself would count as the layer's
-            return checkpoint(run, use_reentrant=False)  # type: ignore[no-any-return]
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
+    def _recomputed(self, tile_BLD: Tensor, index: int, recall: Recall) -> Tensor:
+        return recomputed(self._run, tile_BLD, lambda: recall()[0].split(self._tile, dim=1)[index])

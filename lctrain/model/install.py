@@ -116,9 +116,10 @@ class _Installed:
         scaling: float | None = None,
         softcap: float | None = None,
         position_ids: Tensor | None = None,
+        first_head: int = 0,
         **extra: Any,
     ) -> tuple[Tensor, None]:
-        """What `AttentionInterface` calls in every layer; returns [B, L, H, D]."""
+        """What `AttentionInterface` calls in every layer; returns [B, L, H, D]. `q` may begin at `first_head`."""
         if unknown := [name for name in _SCORE_TERMS if extra.get(name) is not None]:
             raise InputError(f"{type(module).__name__} has {unknown[0]} in its softmax, which no kernel here computes")
         if dropout:
@@ -126,7 +127,7 @@ class _Installed:
         scaling = q_BHLD.shape[-1] ** -0.5 if scaling is None else scaling
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            layout = self._layout(mask, module, q)
+            layout = self._layout(mask, module, q, first_head)
 
             def run(pattern: MaskedAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 prepared = self._prepared(pattern, mask, module, layout, q, k, position_ids)
@@ -164,15 +165,15 @@ class _Installed:
         )
         return fresh.layer.attend(q_BHLD, fresh.keys, v_BKLD, forward)
 
-    def _layout(self, mask: _Mask, module: nn.Module, q: Tensor) -> Layout:
-        """The whole layer's, of which `q` holds this rank's heads."""
-        num_ranks, rank = (1, 0) if self.ulysses is None else (self.ulysses.size, self.ulysses.rank)
+    def _layout(self, mask: _Mask, module: nn.Module, q: Tensor, first_head: int) -> Layout:
+        """The whole layer's, of which `q` holds this rank's heads of those from `first_head` on."""
+        config: Any = module.config
         return Layout(
             length=mask.kv_length,
-            num_attention_heads=q.shape[1] * num_ranks,
-            num_key_value_heads=q.shape[1] * num_ranks // int(module.num_key_value_groups),  # type: ignore[arg-type]
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
             layer_idx=module.layer_idx,  # type: ignore[arg-type]
-            first_head=q.shape[1] * rank,
+            first_head=first_head + (0 if self.ulysses is None else q.shape[1] * self.ulysses.rank),
             decoding=mask.q_length != mask.kv_length,
         )
 
@@ -186,8 +187,9 @@ class _Installed:
         k: Tensor,
         position_ids: Tensor | None,
     ) -> Any:
-        """What the kernel made of a pattern's mask, for all layers of its group."""
-        key = (repr(pattern), pattern.layer_group(layout.layer_idx))
+        """What the kernel made of a pattern's mask, for all layers and heads that see the same."""
+        head_groups = pattern.head_groups(layout, q.shape[1])
+        key = (repr(pattern), pattern.layer_group(layout.layer_idx), head_groups)
         if key not in mask.prepared:
             last = mask.q_offset + mask.q_length == mask.kv_offset + mask.kv_length  # the queries are the last keys'
             plain = mask.mask_function is causal_mask_function and mask.padding_BS is None and last
@@ -199,7 +201,7 @@ class _Installed:
                 Mask(
                     q_length=mask.q_length,
                     kv_length=mask.kv_length,
-                    num_heads=q.shape[1] if pattern.heads_differ(layout) else 1,
+                    num_heads=len(head_groups),
                     num_key_value_groups=q.shape[1] // k.shape[1],
                     head_dim=q.shape[-1],
                     device=q.device,

@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lctrain.errors import InputError
 from lctrain.kernels.fp8 import FP8Linear
+from lctrain.model.rotary_attention import RotaryAttention
 
 # By what the classes of transformers compute: x / rms(x) · (weight + offset), rounded as in Llama or in Gemma.
 LLAMA_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
@@ -41,46 +42,6 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """As the module it stands for, [..., D]."""
         return self.down_proj(self._gated(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return,operator]
-
-
-class RotaryAttention(nn.Module):
-    """Projections, rotation of queries and keys in one kernel, transformers' attention interface, projection."""
-
-    q_proj: Callable[[Tensor], Tensor]
-    k_proj: Callable[[Tensor], Tensor]
-    v_proj: Callable[[Tensor], Tensor]
-    o_proj: Callable[[Tensor], Tensor]
-
-    def __init__(self, attention: nn.Module, rope: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        super().__init__()
-        for name, child in attention.named_children():
-            self.add_module(name, child)
-        for name, parameter in attention.named_parameters(recurse=False):  # what an attention method brought
-            self.register_parameter(name, parameter)
-        self.config: Any = attention.config
-        self.layer_idx, self.scaling = attention.layer_idx, attention.scaling
-        self.num_key_value_groups, self.head_dim = attention.num_key_value_groups, attention.head_dim
-        self._rope = rope
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Any = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """As the module it stands for, by the names it is called with: [B, L, D]."""
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q, k, v = (
-            project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = self._rope(q, k, *position_embeddings)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
-        attend = AttentionInterface()[self.config._attn_implementation]
-        out_BLHD, _ = attend(self, q, k, v, attention_mask, scaling=self.scaling, **kwargs)
-        return self.o_proj(out_BLHD.flatten(2)), None
 
 
 class Norm(nn.Module):
@@ -132,6 +93,21 @@ def fuse(model: PreTrainedModel, kernels: LayerKernels) -> None:
             model.set_submodule(name, GatedMLP(module, kernels.swiglu if silu else kernels.geglu))
         elif kind in ROTARY_ATTENTIONS:
             model.set_submodule(name, RotaryAttention(module, kernels.rope))
+
+
+def parts_heads(model: PreTrainedModel) -> bool:
+    """Whether `part_heads` knows all that the model's attention does."""
+    attentions = [getattr(layer, "self_attn", None) for layer in model.get_decoder().layers]
+    return all(isinstance(a, RotaryAttention) or type(a).__name__ in ROTARY_ATTENTIONS for a in attentions)
+
+
+def part_heads(model: PreTrainedModel, num_layers: int, kv_heads_at_a_time: int) -> None:
+    """Let the attention of the first layers compute some heads at a time. InputError where it does more than rotate."""
+    if not parts_heads(model):
+        raise InputError(f"memory.kv_heads_at_a_time: {type(model).__name__}'s attention can't be parted; set it to 0")
+    for layer in model.get_decoder().layers[:num_layers]:
+        rope = getattr(layer.self_attn, "rope", apply_rotary_pos_emb)
+        layer.self_attn = RotaryAttention(layer.self_attn, rope, kv_heads_at_a_time)
 
 
 def quantize_frozen(model: PreTrainedModel) -> None:

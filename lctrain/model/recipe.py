@@ -101,6 +101,7 @@ class ModelRecipe(ABC):
         if self.precision == "fp8":
             fp8.check(torch.device(device_type))
             layers.quantize_frozen(skeleton)
+        self._part_heads(skeleton)
 
     def check_attention(self, lengths: Sequence[int], sequence_parallel_size: int = 1) -> PreTrainedConfig:
         """The part of `check` that needs the config alone, which it returns."""
@@ -111,7 +112,10 @@ class ModelRecipe(ABC):
         if sequence_parallel_size > 1:
             if not self.attention.supports_sequence_parallel:
                 raise InputError(f"{type(self.attention).__name__} needs whole rows; use sequence_parallel_size=1")
-            check_heads(config.num_attention_heads, config.num_key_value_heads, sequence_parallel_size)
+            at_a_time = isinstance(self.memory, Savings) and self.memory.kv_heads_at_a_time
+            kv_heads = at_a_time or config.num_key_value_heads
+            num_heads = config.num_attention_heads * kv_heads // config.num_key_value_heads
+            check_heads(num_heads, kv_heads, sequence_parallel_size)
         return config
 
     def build(
@@ -127,6 +131,11 @@ class ModelRecipe(ABC):
         if zero3 is not None and self.precision == "fp8":
             raise InputError(
                 "precision=fp8 scales whole matrices, and strategy=zero3 shards them; use another strategy"
+            )
+        if zero3 is not None and self._savings().kv_heads_at_a_time:
+            raise InputError(
+                "memory.kv_heads_at_a_time computes with parts of matrices, and strategy=zero3 gathers whole ones for "
+                "whole layers; use another strategy"
             )
         config = self.config()
         if zero3 is None:
@@ -168,7 +177,13 @@ class ModelRecipe(ABC):
             layers.fuse(model, kernels)
         if self.autocasts() and model.get_input_embeddings().weight.requires_grad:
             layers.keep_stream_in(model, self.torch_dtype(model.config))
+        self._part_heads(model)
         self._savings().apply(model, host)
+
+    def _part_heads(self, model: PreTrainedModel) -> None:
+        counts = self._savings().resolve(model.config.get_text_config().num_hidden_layers)
+        if counts.kv_heads_at_a_time:
+            layers.part_heads(model, int(counts.checkpoint_layers), counts.kv_heads_at_a_time)
 
     def _savings(self) -> Savings:
         if isinstance(self.memory, AutoSavings):

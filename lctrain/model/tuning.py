@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lctrain.errors import InputError
+from lctrain.kernels.linear_part import linear_part
 from lctrain.kernels.low_rank import add_low_rank
 
 
@@ -63,17 +64,31 @@ class LoRALinear(PeftLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """W x + scaling · B A x; what is merged, disabled, dropped out or sharded is left to PEFT."""
-        adapters = self.active_adapters
-        plain = len(adapters) == 1 and not (self.disable_adapters or self.merged or args or kwargs)
-        name = adapters[0] if plain else ""
-        # ZeRO-3 gathers what its own module computes with, and nothing else.
-        sharded = plain and hasattr(self.lora_A[name].weight, "ds_id")
-        if not plain or sharded or not isinstance(self.lora_dropout[name], nn.Identity):
+        if args or kwargs or not self._adds_plainly():
             return super().forward(x, *args, **kwargs)
-        low, high = self.lora_A[name].weight, self.lora_B[name].weight
-        x_NI = x.flatten(0, -2)
-        y_NO = add_low_rank(self.base_layer(x_NI), x_NI, low, high, self.scaling[name])  # type: ignore[arg-type]
-        return y_NO.view(*x.shape[:-1], -1)
+        return self._add(self.base_layer(x.flatten(0, -2)), x, slice(None), slice(None))
+
+    def part(self, x: Tensor, outputs: slice, inputs: slice) -> Tensor:
+        """As `lctrain.kernels.linear_part`."""
+        y_NO = linear_part(self.base_layer, x.flatten(0, -2), outputs=outputs, inputs=inputs)
+        if self.disable_adapters or self.merged:
+            return y_NO if x.ndim == 2 else y_NO.view(*x.shape[:-1], -1)
+        if not self._adds_plainly():
+            raise InputError("memory.kv_heads_at_a_time takes one adapter without dropout, on one device's weights")
+        return self._add(y_NO, x, outputs, inputs)
+
+    def _adds_plainly(self) -> bool:
+        if len(self.active_adapters) != 1 or self.disable_adapters or self.merged:
+            return False
+        # ZeRO-3 gathers what its own module computes with, and nothing else.
+        sharded = hasattr(self.lora_A[self.active_adapters[0]].weight, "ds_id")
+        return not sharded and isinstance(self.lora_dropout[self.active_adapters[0]], nn.Identity)
+
+    def _add(self, y_NO: Tensor, x: Tensor, outputs: slice, inputs: slice) -> Tensor:
+        name = self.active_adapters[0]
+        a_RI, b_OR = self.lora_A[name].weight, self.lora_B[name].weight
+        added_NO = add_low_rank(y_NO, x.flatten(0, -2), a_RI[:, inputs], b_OR[outputs], self.scaling[name])  # type: ignore[index]
+        return added_NO if x.ndim == 2 else added_NO.view(*x.shape[:-1], -1)
 
 
 @dataclass(frozen=True, kw_only=True)

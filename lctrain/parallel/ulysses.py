@@ -85,10 +85,15 @@ def num_repeats(num_key_value_heads: int, size: int) -> int:
     return size // gcd(num_key_value_heads, size)
 
 
-def check_heads(num_attention_heads: int, num_key_value_heads: int, size: int) -> None:
-    """InputError where `size` ranks can't each attend with equally many whole heads."""
+def shares_heads(num_attention_heads: int, num_key_value_heads: int, size: int) -> bool:
+    """Whether `size` ranks can each attend with equally many whole heads, beside the key-value heads they share."""
     groups = num_attention_heads // num_key_value_heads
-    if num_attention_heads % size or groups % num_repeats(num_key_value_heads, size):
+    return num_attention_heads % size == 0 and groups % num_repeats(num_key_value_heads, size) == 0
+
+
+def check_heads(num_attention_heads: int, num_key_value_heads: int, size: int) -> None:
+    """InputError unless `shares_heads`."""
+    if not shares_heads(num_attention_heads, num_key_value_heads, size):
         raise InputError(
             f"sequence_parallel_size={size} can't share {num_attention_heads} attention heads on "
             f"{num_key_value_heads} key-value heads evenly; choose a divisor of {num_attention_heads} that keeps "

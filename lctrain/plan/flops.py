@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig
 
 from lctrain.attention.base import Attention, Layout, MaskedAttention
@@ -51,18 +51,20 @@ def visible_keys(pattern: MaskedAttention, config: PreTrainedConfig, length: int
     """Keys that a query of a full row sees on average, over heads; the model's own window counted."""
     layout = layer_layout(config, length, layer_idx)
     visible = pattern.visible(layout)
-    heads = torch.arange(config.num_attention_heads if pattern.heads_differ(layout) else 1)[:, None, None]
-    kv = torch.arange(length)
+    groups = pattern.head_groups(layout, config.num_attention_heads)
+    heads = torch.tensor([groups.index(group) for group in dict.fromkeys(groups)])[:, None, None]  # one of each kind
+    alike = torch.tensor([groups.count(group) for group in dict.fromkeys(groups)]) / len(groups)
     window = own_window(config, layer_idx) or length
-    batch = torch.tensor(0)
+    batch, kv = torch.tensor(0), torch.arange(length, dtype=torch.int32)
 
-    def count(query: Tensor) -> float:
-        mask = visible(batch, heads, query, kv) & (kv <= query) & (query - kv < window)
-        return mask.expand(len(heads), 1, length).float().sum(-1).mean().item()
+    def count(query: int) -> float:
+        q, keys = kv[query : query + 1, None], kv[max(0, query + 1 - window) : query + 1]
+        seen = visible(batch, heads, q, keys).expand(len(heads), 1, len(keys)).sum(-1)[:, 0]
+        return float(alike @ seen.float())
 
     step = max(1, length // SAMPLED_QUERIES)
-    queries = torch.arange(step // 2, length, step)  # the middle of each stretch: exact for straight lines
-    return sum(count(query) for query in queries[:, None]) / len(queries)
+    queries = range(step // 2, length, step)  # the middle of each stretch: exact for straight lines
+    return sum(map(count, queries)) / len(queries)
 
 
 def own_window(config: PreTrainedConfig, layer_idx: int) -> int | None:
@@ -75,9 +77,16 @@ def own_window(config: PreTrainedConfig, layer_idx: int) -> int | None:
 def training_flops(model: nn.Module, method: Attention, length: int, teacher: bool = False) -> float:
     """FLOPs a token needs, forward and backward, at rows of `length`; recomputation is not counted.
 
-    A linear layer with P weights: 2P forward, 2P for the gradient of its input, 2P for that of its weights if they
-    train. Attention over S keys: 4·H·D·S forward and twice that backward. A `teacher` is another forward in full
-    attention; hidden states are compared then, and the output head does not run.
+    Attention over S keys: 4·H·D·S forward and twice that backward. A `teacher` is another forward in full attention.
+    """
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    taught = attention_flops(config, FullAttention(), length) if teacher else 0.0
+    return linear_flops(model, teacher) + 3 * attention_flops(config, method, length) + taught
+
+
+def linear_flops(model: nn.Module, teacher: bool = False) -> float:
+    """Of a layer with P weights: 2P forward, 2P for the gradient of its input, 2P for that of its weights if they
+    train, 2P for a `teacher`; hidden states are compared then, and the output head does not run.
     """
     linear = trained = 0
     head = model.get_output_embeddings() if teacher else None  # type: ignore[operator]
@@ -85,9 +94,7 @@ def training_flops(model: nn.Module, method: Attention, length: int, teacher: bo
         if isinstance(module, nn.Linear) and module is not head:
             linear += module.weight.numel()
             trained += module.weight.numel() * module.weight.requires_grad
-    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    taught = 2 * linear + attention_flops(config, FullAttention(), length) if teacher else 0.0
-    return 4 * linear + 2 * trained + 3 * attention_flops(config, method, length) + taught
+    return (6 if teacher else 4) * linear + 2 * trained
 
 
 def attention_flops(config: Any, method: Attention, length: int) -> float:

@@ -5,28 +5,27 @@ and go. So the numbers follow any architecture, tuning, precision and choice of 
 card alone has stand-ins. Not seen: CUDA's context and libraries (about 1 GiB), fragmentation, NCCL's buffers.
 """
 
-import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
-from math import ceil, log2
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lctrain.attention.base import Attention
 from lctrain.errors import InputError
 from lctrain.kernels.block_mask import BLOCK, MAX_LIST_BYTES
-from lctrain.kernels.linear_cross_entropy import MAX_LOGITS, linear_cross_entropy
 from lctrain.memory.host import Host
-from lctrain.model.head import softcap, unwrap
+from lctrain.memory.savings import Savings
+from lctrain.model.head import unwrap
 from lctrain.plan.flops import layer_layout
-from lctrain.plan.stand_ins import CountingHost, attend_by
+from lctrain.plan.sample import sample
+from lctrain.plan.simulation import Simulated, Step, simulate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,165 +58,75 @@ class Memory:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "host"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """What a micro-batch on one device is."""
+class StepMemory:
+    """Memory of a step of a tuned `model` on the meta device, by what it saves. `hasten` is the recipe's.
 
-    rows: int
-    length: int
-    kernel: str  # not reference
-    autocast: bool  # bf16-mixed
-    num_devices: int
-    sequence_parallel_size: int = 1  # of them have a part of each row
-    fused_loss: bool = False  # Liger's, else tiles
-    num_compared: int = 0  # states of a teacher, in place of the head's loss
-
-
-def step_memory(
-    model: nn.Module,
-    method: Attention,
-    step: Step,
-    make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
-    hasten: Callable[[PreTrainedModel, Host], None] = lambda model, host: None,
-) -> Memory:
-    """Memory of `step` with a tuned `model` on the meta device, which is used up. `hasten` is the recipe's."""
-    if step.kernel == "reference":
-        raise InputError("kernel=reference holds every attention score and is not planned; use kernel=auto")
-    trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = sum(p.numel() * p.itemsize for p in trained)
-    host = CountingHost()
-    with FakeTensorMode():
-        _materialize(model)
-        base = unwrap(model)  # type: ignore[arg-type]
-        hasten(base, host)
-        AttentionInterface.register("lctrain_plan", attend_by(method, step.length))
-        base.set_attn_implementation("lctrain_plan")
-        weights, activations, loss, backward = _simulate(base, step)
-    return Memory(
-        weights=weights,
-        gradients=gradients,
-        optimizer=_optimizer_states(make_optimizer, trained),
-        buckets=gradients if step.num_devices > 1 else 0,
-        activations=activations,
-        attention=_masks(base.config.get_text_config(), method, step, 2 if step.autocast else trained[0].itemsize),
-        loss=loss,
-        backward=backward,
-        update=gradients,  # torch's foreach update holds one temporary of the size of all that trains
-        host=host.num_bytes,
-    )
-
-
-def _simulate(model: PreTrainedModel, step: Step) -> tuple[int, int, int, int]:
-    """Bytes of the weights, kept by the forward, and at most beyond that in the loss and in the backward."""
-    model.train()
-    ids = torch.empty(step.rows, step.length // step.sequence_parallel_size, dtype=torch.int64)
-    given = torch.empty(1, 1, 1, 1)  # a mask that is there already, so that transformers builds none
-    with _Storages() as storages:
-        for tensor in (*model.parameters(), *model.buffers()):
-            storages.count(tensor)
-        weights = storages.live
-        for parameter in model.parameters():
-            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-        before = storages.restart()
-        with torch.autocast("cpu", torch.bfloat16, enabled=step.autocast):
-            decoder = model.get_decoder()
-            hidden = decoder(input_ids=ids, position_ids=ids, attention_mask=given, use_cache=False).last_hidden_state
-            forward = storages.live
-        casts = forward - storages.restart()  # autocast's copies of the weights, which it drops after the loss
-        kept = forward - casts
-        if step.num_compared:
-            loss = casts + _distance(hidden, step.num_compared)
-        elif step.fused_loss:
-            loss = casts + _fused_loss(model, hidden)
-        else:
-            loss = casts + _loss(model, hidden, step.autocast, storages)
-        storages.restart()
-        if hidden.requires_grad:
-            hidden.backward(torch.empty_like(hidden))
-    return weights, kept - before, loss, max(0, storages.peak - kept)
-
-
-def _loss(model: PreTrainedModel, hidden: Tensor, autocast: bool, storages: "_Storages") -> int:
-    """Most bytes in the loss and its backward; from the third tile on they are a line in the number of tokens."""
-    head = model.get_output_embeddings()
-    tile, num_tokens = max(1, MAX_LOGITS // head.weight.shape[0]), hidden.shape[0] * hidden.shape[1]
-
-    def most(num_tokens: int) -> int:
-        source = torch.empty(num_tokens, hidden.shape[-1], dtype=hidden.dtype, requires_grad=hidden.requires_grad)
-        labels = torch.empty(num_tokens, dtype=torch.int64)
-        before = storages.restart()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            valid = source.clone()  # as selecting the valid tokens does
-            total, _ = linear_cross_entropy(valid, head.weight, head.bias, labels, softcap=softcap(model))
-        del valid
-        if total.requires_grad:
-            total.backward()
-        return storages.peak - before
-
-    if num_tokens <= 3 * tile:
-        return most(num_tokens)
-    two, three = most(2 * tile), most(3 * tile)
-    return int(two + (three - two) * (num_tokens - 2 * tile) // tile)
-
-
-def _distance(hidden: Tensor, num_compared: int) -> int:
-    """Teacher's and student's states where every token has a label, and of one of them both and a difference in fp32.
-
-    The teacher's forward keeps nothing else, and is over before the student's begins.
+    Few of its layers are simulated, and none twice: savings that differ in numbers of layers alone share a sample.
     """
-    return hidden.numel() * (2 * hidden.itemsize * num_compared + 3 * 4)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Attention,
+        step: Step,
+        make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        hasten: Callable[[PreTrainedModel, Host, Savings], None] = lambda model, host, savings: None,
+    ) -> None:
+        if step.kernel == "reference":
+            raise InputError("kernel=reference holds every attention score and is not planned; use kernel=auto")
+        self._model, self._method, self._step, self._hasten = model, method, step, hasten
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self._itemsize = 2 if step.autocast else trained[0].itemsize
+        self._gradients = sum(p.numel() * p.itemsize for p in trained)
+        self._optimizer = _optimizer_states(make_optimizer, trained)
+        self._simulated = cache(self._simulate)
+
+    def __call__(self, savings: Savings) -> Memory:
+        base = unwrap(self._model)  # type: ignore[arg-type]
+        few = sample(base.get_decoder().layers, self._kinds(base.config.get_text_config()), savings)
+        found = self._simulated(few.num_layers, few.savings)
+        last = few.num_layers
+        left_out = few.left_out_below(last, found.kept_by_layer)
+        peaks = [peak + few.left_out_below(i, found.kept_by_layer) for i, peak in enumerate(found.peaks)]
+        hosted = int(few.savings.offload)
+        return Memory(
+            weights=found.weights + few.num_left_out * found.layer_weights,
+            gradients=self._gradients,
+            optimizer=self._optimizer,
+            buckets=self._gradients if self._step.num_devices > 1 else 0,
+            activations=found.kept - found.before + left_out,
+            attention=_masks(base.config.get_text_config(), self._method, self._step, savings, self._itemsize),
+            loss=found.loss + found.casts_by_layer[-1] + few.left_out_below(last, found.casts_by_layer),
+            backward=max(0, max(peaks) - found.kept - left_out),
+            update=self._gradients,  # torch's foreach update holds one temporary of the size of all that trains
+            host=found.host // hosted * int(savings.resolve(last + few.num_left_out).offload) if hosted else 0,
+        )
+
+    def _kinds(self, config: Any) -> list[Any]:
+        layouts = [layer_layout(config, self._step.length, layer) for layer in range(config.num_hidden_layers)]
+        return [tuple((repr(p), num_heads) for p, num_heads in self._method.parts(layout)) for layout in layouts]
+
+    def _simulate(self, num_layers: int, savings: Savings) -> Simulated:
+        decoder = unwrap(self._model).get_decoder()  # type: ignore[arg-type]
+        layers = decoder.layers
+        decoder.layers = layers[:num_layers]
+        few = deepcopy(self._model)
+        decoder.layers = layers
+        return simulate(few, self._method, self._step, lambda model, host: self._hasten(model, host, savings))
 
 
-def _fused_loss(model: PreTrainedModel, hidden: Tensor) -> int:
-    """Liger's: the gradient of the hidden states, and logits of as many tokens as make them about that large."""
-    vocab_size, hidden_size = model.get_output_embeddings().weight.shape
-    num_tokens = hidden.numel() // hidden_size
-    tile = 2 ** ceil(log2(ceil(num_tokens / ceil(vocab_size / hidden_size))))
-    return int(num_tokens * hidden_size + tile * vocab_size) * hidden.itemsize
-
-
-class _Storages(TorchDispatchMode):
-    """Counts the bytes of all storages that operations return, for as long as they live."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live: int = 0
-        self.peak: int = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_iter(out):
-            if isinstance(leaf, Tensor):
-                self.count(leaf)
-        return out
-
-    def count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._known:  # else a view
-            self._known.add(storage._cdata)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
-
-    def _forget(self, identity: int, num_bytes: int) -> None:
-        self._known.discard(identity)
-        self.live -= num_bytes
-
-    def restart(self) -> int:
-        """What is live now; the peak is counted anew from here."""
-        self.peak = self.live
-        return self.live
-
-
-def _masks(config: Any, method: Attention, step: Step, itemsize: int) -> int:
-    """Bytes of the masks of one forward: one per group of layers, with a head dimension where heads differ."""
+def _masks(config: Any, method: Attention, step: Step, savings: Savings, itemsize: int) -> int:
+    """Bytes of the masks of one forward: one per group of layers and heads, each head's where they differ."""
+    num_shares = config.num_key_value_heads // (savings.kv_heads_at_a_time or config.num_key_value_heads)
     grids: dict[Any, int] = {}
     for layer in range(config.num_hidden_layers):
         layout = layer_layout(config, step.length, layer)
         for pattern, num_heads in method.parts(layout):
-            heads = num_heads // step.sequence_parallel_size if pattern.heads_differ(layout) else 1
-            grids[repr(pattern), pattern.layer_group(layer)] = step.rows * heads
+            share = max(1, num_heads // num_shares)
+            for first in range(0, num_heads, share):
+                here = max(1, share // step.sequence_parallel_size)
+                groups = pattern.head_groups(replace(layout, first_head=first), here)
+                grids[repr(pattern), pattern.layer_group(layer), groups] = step.rows * len(groups)
     if step.kernel != "sdpa":
         # Indices of partial and of full blocks, by query and by key: 4 int32 tables of (L / 128)² entries.
         tables = 4 * 4 * ceil(step.length / BLOCK) ** 2
@@ -239,14 +148,3 @@ def _optimizer_states(make: Callable[[Iterable[nn.Parameter]], Optimizer], train
 
     rates = {dtype: per_parameter(dtype) for dtype in {p.dtype for p in trained}}
     return int(sum(p.numel() * rates[p.dtype] for p in trained))
-
-
-def _materialize(model: nn.Module) -> None:
-    """Meta tensors become fake ones on the CPU, where autocast works. Tied ones stay tied."""
-    fakes: dict[Tensor, Tensor] = {}
-    for module in model.modules():
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if tensor not in fakes:
-                fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-                fakes[tensor] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-            setattr(module, name, fakes[tensor])

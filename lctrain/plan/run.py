@@ -5,7 +5,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,18 +13,25 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from transformers import PreTrainedModel
 
+from lctrain.attention.full import FullAttention
 from lctrain.errors import InputError
 from lctrain.kernels.choose import choose
+from lctrain.memory.host import Host
 from lctrain.memory.savings import NOTHING, AutoSavings, Savings
+from lctrain.model.head import unwrap
 from lctrain.model.install import demand
+from lctrain.model.layers import parts_heads
 from lctrain.model.recipe import ModelRecipe
 from lctrain.parallel.mesh import Mesh
-from lctrain.plan.flops import training_flops
-from lctrain.plan.memory import Memory, Step, step_memory
-from lctrain.plan.savings import choose_savings
+from lctrain.parallel.ulysses import shares_heads
+from lctrain.plan.flops import attention_flops, linear_flops
+from lctrain.plan.memory import Memory, StepMemory
+from lctrain.plan.savings import MAX_SHARES, choose_savings
 from lctrain.plan.seconds import work
 from lctrain.plan.sharding import Sharding
+from lctrain.plan.simulation import Step
 from lctrain.plan.stand_ins import LAYER_KERNELS
 
 log = logging.getLogger(__name__)
@@ -128,11 +134,13 @@ def plan(cfg: DictConfig) -> Plan:
 
 def _stage(cfg: DictConfig, recipe: ModelRecipe, model: nn.Module, length: int, num_steps: int) -> Stage:
     assert isinstance(recipe.memory, Savings)
-    seconds, teacher = None, bool(_num_compared(cfg, recipe))
+    config, teacher = recipe.config().get_text_config(), bool(_num_compared(cfg, recipe))
+    attention = attention_flops(config, recipe.attention, length)
+    taught = attention_flops(config, FullAttention(), length) if teacher else 0.0
+    seconds = None
     if _device_type(cfg) == "cuda":
-        fp8 = recipe.precision == "fp8"
-        seconds = work(model, recipe.attention, length, recipe.memory, fp8, teacher).seconds(cfg.device)
-    flops = training_flops(model, recipe.attention, length, teacher)
+        seconds = work(model, attention, recipe.memory, recipe.precision == "fp8", taught).seconds(cfg.device)
+    flops = linear_flops(model, teacher) + 3 * attention + taught
     return Stage(length=length, num_steps=num_steps, flops_per_token=flops, seconds_per_token=seconds)
 
 
@@ -176,28 +184,31 @@ def _memory_of(
 ) -> tuple[ModelRecipe, Memory]:
     """The recipe with its savings, chosen if it leaves them to the plan, and what a step takes with them."""
     kernels = LAYER_KERNELS if recipe.layer_kernel != "plain" and _device_type(cfg) == "cuda" else None
-    make_optimizer = instantiate(cfg.optimizer)
 
-    def simulate(savings: Savings) -> Memory:
-        saving = replace(recipe, memory=savings)
-        hasten = partial(saving.hasten, kernels=kernels)
-        skeleton = _skeleton(recipe)
-        num_parameters = sum(p.numel() for p in skeleton.parameters())
-        memory = step_memory(skeleton, recipe.attention, step, make_optimizer, lambda m, host: hasten(m, host=host))
-        return Sharding.of(cfg, step.num_devices).apply(memory, num_parameters)
+    def hasten(model: PreTrainedModel, host: Host, savings: Savings) -> None:
+        replace(recipe, memory=savings).hasten(model, kernels, host)
+
+    skeleton, sharding = _skeleton(recipe), Sharding.of(cfg, step.num_devices)
+    num_parameters = sum(p.numel() for p in skeleton.parameters())
+    memory_of = StepMemory(skeleton, recipe.attention, step, instantiate(cfg.optimizer), hasten)
+
+    def planned(savings: Savings) -> Memory:
+        return sharding.apply(memory_of(savings), num_parameters)
 
     given = recipe.memory
     if isinstance(given, Savings):
-        return recipe, simulate(given)
+        return recipe, planned(given)
     device = given.device_memory * GIB if given.device_memory else device
     host = given.host_memory * GIB if given.host_memory else host
+    config = recipe.config().get_text_config()
     chosen, memory = choose_savings(
-        recipe.config().get_text_config().num_hidden_layers,
+        config.num_hidden_layers,
         step.length // step.sequence_parallel_size,
-        simulate,
+        planned,
         device=device,
         host=host if _device_type(cfg) == "cuda" else 0,
         dropout=recipe.drops_out(),
+        heads=_heads_at_a_time(recipe, skeleton, step, sharding),
     )
     return replace(recipe, memory=chosen), memory
 
@@ -206,6 +217,17 @@ def _num_compared(cfg: DictConfig, recipe: ModelRecipe) -> int:
     """States of a teacher that a step keeps; 0 without one."""
     num_layers = recipe.config().get_text_config().num_hidden_layers
     return int(instantiate(cfg.objective, _convert_="all").num_compared(num_layers))
+
+
+def _heads_at_a_time(recipe: ModelRecipe, model: nn.Module, step: Step, sharding: Sharding) -> list[int]:
+    """The numbers of key-value heads that attention could compute at a time, falling."""
+    if recipe.drops_out() or sharding.stage == 3 or not parts_heads(unwrap(model)):  # type: ignore[arg-type]
+        return []
+    config = recipe.config().get_text_config()
+    kv_heads, shared = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+    size = step.sequence_parallel_size
+    parts = [kv_heads // n for n in range(2, MAX_SHARES + 1) if kv_heads % n == 0]
+    return [n for n in parts if shares_heads(n * shared, n, size)]
 
 
 def _device_type(cfg: DictConfig) -> str:

@@ -4,12 +4,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lctrain.attention.base import Attention
-from lctrain.attention.full import FullAttention
 from lctrain.errors import InputError
 from lctrain.kernels.fp8 import FP8Linear
 from lctrain.memory.savings import Savings
-from lctrain.plan.flops import DATASHEET_FLOPS, attention_flops
+from lctrain.plan.flops import DATASHEET_FLOPS
 
 # Shares of the datasheet's dense bf16 rate, of five steps of an 8B Llama with LoRA on one H200 (docs/results/step.md):
 MATRIX = 0.74  # matrix products
@@ -38,16 +36,19 @@ class Work:
         return products / peak + self.moved / BANDWIDTH
 
 
-def work(model: nn.Module, method: Attention, length: int, savings: Savings, fp8: bool, teacher: bool = False) -> Work:
-    """What a token of a row of `length` costs a tuned model with these savings, and a teacher's forward before it."""
+def work(model: nn.Module, attention: float, savings: Savings, fp8: bool, taught: float = 0.0) -> Work:
+    """What a token costs a tuned model with these savings, if `attention` FLOPs are those of attention's forward, and
+    `taught` those of a teacher's, whose forward comes before it.
+    """
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
     counts = savings.resolve(config.num_hidden_layers)
     share = int(counts.checkpoint_layers) / config.num_hidden_layers
     again = share * (1 - 1 / counts.checkpoint_every)  # forwards that find the inputs that were not kept
-    frozen = trained = head = 0
+    frozen = trained = head = projections = 0
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | FP8Linear) and "lora_" not in name:
             size = module.in_features * module.out_features
+            projections += size * ("self_attn" in name)
             if "lm_head" in name:
                 head += size
             elif isinstance(module, nn.Linear) and module.weight.requires_grad:
@@ -57,14 +58,15 @@ def work(model: nn.Module, method: Attention, length: int, savings: Savings, fp8
     last = config.hidden_size * config.intermediate_size * config.num_hidden_layers  # no one needs its output again
     passes = 2 + again
     layers = 2 * (passes * (frozen + trained) + share * (frozen + trained - last))
-    if teacher:
+    if counts.kv_heads_at_a_time:
+        layers += 2 * share * projections
+    if taught:
         layers, head = layers + 2 * (frozen + trained), 0
-    attention, full = attention_flops(config, method, length), attention_flops(config, FullAttention(), length)
     unsaved = share - int(counts.save_attention) / config.num_hidden_layers
     width = config.hidden_size + config.intermediate_size
     return Work(
         matrix=2 * trained + 4 * head + (0 if fp8 else layers),
         fp8=layers if fp8 else 0,
-        attention=attention * (1 + BACKWARD + unsaved + again) + full * teacher,
-        moved=2 * MOVED * width * config.num_hidden_layers * (1 + again / 3 + teacher / 3),
+        attention=attention * (1 + BACKWARD + unsaved + again) + taught,
+        moved=2 * MOVED * width * config.num_hidden_layers * (1 + again / 3 + bool(taught) / 3),
     )

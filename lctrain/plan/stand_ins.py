@@ -4,6 +4,7 @@ Shape legend: B rows, H query heads, K key-value heads, L tokens, D head dim.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ def attend_by(method: Attention, length: int) -> Callable[..., tuple[Tensor, Non
     def run(pattern: MaskedAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend_once(_FusedAttention.apply, q, k, v)
 
-    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
+    def attend(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, first_head: int = 0, **_: Any
+    ) -> tuple[Tensor, None]:
         if torch.is_autocast_enabled("cpu"):
             q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
-        layout = layer_layout(module.config, length, module.layer_idx)
+        layout = replace(layer_layout(module.config, length, module.layer_idx), first_head=first_head)
         return method.attend(module, q, k, v, layout, run).transpose(1, 2), None
 
     return attend
@@ -42,12 +45,26 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = ctx.saved_tensors[:3]
+        q, k, v, out, lse = ctx.saved_tensors  # all of them until the end
         summed = [q, k, v] if q.shape[1] != k.shape[1] else [q]  # in fp32, where several blocks add to a gradient
         workspace = [torch.empty_like(x, dtype=torch.float32) for x in summed]
         gradients = tuple(torch.empty_like(x) for x in (q, k, v))
-        del workspace
+        del workspace, out, lse
         return gradients
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
+        return hidden.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Tensor:
+        return torch.empty(ctx.shape, dtype=ctx.dtype)
+
+
+loss_of: Callable[[Tensor], Tensor] = _Loss.apply  # a number whose gradient is as large as the hidden states
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -7,6 +7,7 @@ import pytest
 from hydra.utils import instantiate
 
 from lctrain.benchmark.length import LADDER
+from lctrain.benchmark.peers.whole_step import is_enough
 from lctrain.benchmark.random_model import RandomModel
 from lctrain.benchmark.run import main
 from lctrain.benchmark.step import choose
@@ -21,30 +22,60 @@ def run(what, folder, *overrides):
     main(compose("benchmark", [f"what={what}", f"run_dir={folder}", *SMALL, *overrides]))
 
 
+def written(target):
+    return [json.loads(line) for line in target.read_text().splitlines()]
+
+
 def test_step_measures_every_case(tmp_path):
     run("step", tmp_path, "attentions=[full,shifted_sparse]", "lengths=[64,128]")
-    written = json.loads((tmp_path / "step.json").read_text())
-    assert [(row["attention"], row["length"], len(row["seconds"])) for row in written["rows"]] == [
+    rows = written(tmp_path / "step.jsonl")
+    assert [(row["attention"], row["length"], len(row["seconds"])) for row in rows] == [
         ("full", 64, 1),
         ("full", 128, 1),
         ("shifted_sparse", 64, 1),
         ("shifted_sparse", 128, 1),
     ]
-    assert written["versions"]["torch"]
+    assert rows[0]["versions"]["torch"]
 
 
 def test_tunings_other_than_full_train_random_weights(tmp_path):
     run("step", tmp_path, "tunings=[longlora]", "model.dtype=bfloat16", "memory=checkpoint")
-    (row,) = json.loads((tmp_path / "step.json").read_text())["rows"]
+    (row,) = written(tmp_path / "step.jsonl")
     assert row["tuning"] == "LoRATuning and embed, norm"
     assert row["memory"].startswith("all layers recomputed")
 
 
 def test_length_of_a_given_memory(tmp_path):
     run("length", tmp_path, "ladder=false", "memory=checkpoint")
-    (row,) = json.loads((tmp_path / "length.json").read_text())["rows"]
+    (row,) = written(tmp_path / "length.jsonl")
     assert row["length"] == 64
     assert len({str(savings) for savings in LADDER.values()}) == len(LADDER)
+
+
+def test_a_ladder_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    """No point is begun behind the limit; what is written is not measured again, and a failure ends its rung."""
+    measured = []
+
+    def one_step(cfg, num_tokens, savings):
+        measured.append((num_tokens, str(savings)))
+        return {"seconds": [], "error": "out of memory"} if num_tokens > 64 else {"seconds": [1.0]}
+
+    monkeypatch.setattr("lctrain.benchmark.length._one_step", one_step)
+    run("length", tmp_path, "lengths=[64,128,256]", "minutes=-1")
+    assert not measured
+    assert "the same command measures the rest" in capsys.readouterr().out
+    run("length", tmp_path, "lengths=[64]")
+    assert len(measured) == len(LADDER) + 3  # both losses, and what memory=auto takes
+    run("length", tmp_path, "lengths=[64,128,256]")
+    assert len(measured) == 2 * (len(LADDER) + 3)
+    assert {num_tokens for num_tokens, _ in measured} == {64, 128}
+    assert len(written(tmp_path / "length.jsonl")) == len(measured)
+
+
+def test_three_steps_are_enough_where_they_are_slow():
+    assert not is_enough([50.0, 50.0], 60)
+    assert is_enough([50.0, 50.0, 50.0], 60)
+    assert not is_enough([1.0] * 10, 60)
 
 
 def test_trace_is_an_artefact(tmp_path):
@@ -84,7 +115,8 @@ def test_random_models_have_the_published_shape():
 
 
 @pytest.mark.parametrize(
-    ("override", "message"), [("peer=nobody", "peer=nobody"), ("attentions=[ful]", "did you mean 'full'")]
+    ("override", "message"),
+    [("peers=[nobody]", "peers: nobody is none"), ("attentions=[ful]", "did you mean 'full'")],
 )
 def test_refusals(override, message, tmp_path):
     with pytest.raises(InputError, match=message):

@@ -18,7 +18,9 @@ SAVINGS = {
     "attention": replace(ALL, save_attention="all"),
     "tiles": replace(ALL, mlp_tile=512),
     "offload": replace(ALL, offload="all"),
-    "all together": Savings(checkpoint_layers=5, checkpoint_every=2, save_attention=2, offload=2, mlp_tile=512),
+    "all together": Savings(
+        checkpoint_layers=5, checkpoint_every=2, save_attention=2, offload=2, mlp_tile=512, kv_heads_at_a_time=0
+    ),
 }
 LENGTH = 2048
 

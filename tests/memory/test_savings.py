@@ -25,7 +25,9 @@ CASES = {
     "tiles": replace(ALL, mlp_tile=16),
     "tiles that do not divide the row": replace(ALL, mlp_tile=7),
     "one tile": replace(ALL, mlp_tile=40),
-    "all together": Savings(checkpoint_layers=4, checkpoint_every=2, save_attention=3, offload=1, mlp_tile=16),
+    "all together": Savings(
+        checkpoint_layers=4, checkpoint_every=2, save_attention=3, offload=1, mlp_tile=16, kv_heads_at_a_time=0
+    ),
 }
 
 

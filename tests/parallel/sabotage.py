@@ -7,7 +7,7 @@ import time
 from lightning import Callback
 from torch import nn
 
-from lctrain.plan.memory import _Storages
+from lctrain.plan.simulation import Storages
 
 
 class Hurt(Callback):
@@ -37,7 +37,7 @@ class Loading(Callback):
     """Counts the bytes that live at a time while the model is built, and what is left of them behind it."""
 
     def setup(self, trainer, pl_module, stage):
-        self.storages = _Storages()
+        self.storages = Storages()
         self.storages.__enter__()
 
     def on_fit_start(self, trainer, pl_module):

@@ -16,12 +16,14 @@ from lctrain.attention.shifted_sparse import ShiftedSparseAttention
 from lctrain.attention.sliding_window import SlidingWindowAttention
 from lctrain.config import compose
 from lctrain.errors import InputError
+from lctrain.memory.savings import NOTHING
 from lctrain.model.head import unwrap
 from lctrain.model.install import attention_modules
 from lctrain.model.tuning import FullTuning, LoRATuning, ModuleTuning, Tuning
 from lctrain.plan.flops import training_flops
-from lctrain.plan.memory import Memory, Step, step_memory
+from lctrain.plan.memory import Memory, StepMemory
 from lctrain.plan.run import Plan, main, plan, verdict
+from lctrain.plan.simulation import Step
 
 LENGTH = 512
 SHAPE = {
@@ -62,7 +64,7 @@ def memory(
     with torch.device("meta"):
         for module in attention_modules(unwrap(model)):
             method.equip(module, model.config)
-    return step_memory(model, method, Step(**given), optimizer)
+    return StepMemory(model, method, Step(**given), optimizer)(NOTHING)
 
 
 def saved_bytes(model: Any, autocast: bool) -> int:

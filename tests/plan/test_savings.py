@@ -57,10 +57,10 @@ def test_dropout_is_not_drawn_twice():
 
 def test_along_a_rung_memory_only_shrinks_or_stays():
     recomputed = replace(NOTHING, checkpoint_layers=NUM_LAYERS, save_attention=NUM_LAYERS, mlp_tile=8192)
-    for rung in ladder(recomputed, num_hosted=NUM_LAYERS, groups=()):
+    for rung in ladder(recomputed, num_hosted=lambda: NUM_LAYERS, heads=[], groups=()):
         peaks = [planned(savings).peak for savings in rung[1:]]
         assert peaks == sorted(peaks, reverse=True)
-    assert len(list(ladder(recomputed, num_hosted=0, groups=GROUPS))) == 3 + len(GROUPS)
+    assert len(list(ladder(recomputed, num_hosted=lambda: 0, heads=[2, 1], groups=GROUPS))) == 4 + len(GROUPS)
 
 
 @pytest.mark.parametrize("memory", ["none", "checkpoint", "auto"])

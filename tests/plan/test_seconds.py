@@ -9,6 +9,7 @@ from lctrain.attention.shifted_sparse import ShiftedSparseAttention
 from lctrain.config import compose
 from lctrain.errors import InputError
 from lctrain.memory.savings import NOTHING
+from lctrain.plan.flops import attention_flops
 from lctrain.plan.run import plan
 from lctrain.plan.seconds import Work, work
 
@@ -27,7 +28,7 @@ def model():
 
 def seconds(model, method, length, num_recomputed, fp8=False):
     savings = replace(NOTHING, checkpoint_layers=num_recomputed, save_attention=num_recomputed)
-    return work(model, method, length, savings, fp8).seconds("H200") * length
+    return work(model, attention_flops(model.config, method, length), savings, fp8).seconds("H200") * length
 
 
 @pytest.mark.parametrize(
@@ -47,9 +48,11 @@ def test_measured_steps(model, method, length, num_recomputed, fp8, measured):
 def test_what_is_recomputed_costs(model):
     kept = seconds(model, FULL, 65536, 0)
     recomputed = seconds(model, FULL, 65536, 32)
-    attention_too = work(model, FULL, 65536, replace(NOTHING, checkpoint_layers=32), False).seconds("H200") * 65536
-    inputs_too = replace(NOTHING, checkpoint_layers=32, checkpoint_every=4)
-    assert kept < recomputed < attention_too < work(model, FULL, 65536, inputs_too, False).seconds("H200") * 65536
+    attention = attention_flops(model.config, FULL, 65536)
+    changes = {}, {"kv_heads_at_a_time": 1}, {"checkpoint_every": 4}
+    savings = [replace(NOTHING, checkpoint_layers=32, **change) for change in changes]
+    more = [work(model, attention, each, False).seconds("H200") * 65536 for each in savings]
+    assert kept < recomputed < more[0] < more[1] < more[2]
 
 
 def test_an_unknown_card_is_refused():

@@ -11,7 +11,16 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from lctrain.benchmark.peers.whole_step import Settings, adapters, answer, random_model, settings, timed, tokens
+from lctrain.benchmark.peers.whole_step import (
+    Settings,
+    adapters,
+    answer,
+    is_enough,
+    random_model,
+    settings,
+    timed,
+    tokens,
+)
 
 _flex = torch.compile(flex_attention, dynamic=False)
 
@@ -49,11 +58,15 @@ def train(given: Settings, model: Any, optimizer: Any, length: int) -> list[floa
         optimizer.step()
         optimizer.zero_grad()
 
-    return [timed(step) for _ in range(given.num_steps + 1)][1:]
+    timed(step)
+    times: list[float] = []
+    while len(times) < given.num_steps and not is_enough(times, given.seconds):
+        times.append(timed(step))
+    return times
 
 
 def main() -> None:
-    """Answers for each length."""
+    """Answers for its length."""
     given = settings()
     AttentionInterface.register("assembly", full if given.attention == "full" else shifted_sparse)
     AttentionMaskInterface.register("assembly", lambda *_, **__: None)
@@ -62,8 +75,7 @@ def main() -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    for length in given.lengths:
-        answer(length, lambda length=length: train(given, model, optimizer, length))  # type: ignore[misc]
+    answer(given.length, lambda: train(given, model, optimizer, given.length))
 
 
 if __name__ == "__main__":

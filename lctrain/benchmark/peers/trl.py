@@ -21,6 +21,7 @@ from lctrain.benchmark.peers.whole_step import (
     Settings,
     adapters,
     answer,
+    is_enough,
     random_model,
     settings,
     tokens,
@@ -51,18 +52,20 @@ def published_s2(
 
 
 class _Clock(TrainerCallback):
-    def __init__(self) -> None:
+    def __init__(self, budget: float) -> None:
         self.times: list[float] = []
+        self._budget = budget
         self._events: list[Any] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._mark()
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._mark()
         begin, end = self._events[-2:]
         end.synchronize()
         self.times.append(begin.elapsed_time(end) / 1000)
+        control.should_training_stop |= is_enough(self.times, self._budget)
 
     def _mark(self) -> None:
         event = torch.cuda.Event(enable_timing=True)
@@ -91,7 +94,7 @@ def train(given: Settings, model: Any, length: int, num_rows: int) -> list[float
         remove_unused_columns=False,
         disable_tqdm=True,
     )
-    clock = _Clock()
+    clock = _Clock(given.seconds)
     trainer = SFTTrainer(
         model=model,
         args=arguments,
@@ -105,14 +108,13 @@ def train(given: Settings, model: Any, length: int, num_rows: int) -> list[float
 
 
 def main() -> None:
-    """Answers for each length."""
+    """Answers for its length."""
     AttentionInterface.register("published_s2", published_s2)
     AttentionMaskInterface.register("published_s2", lambda *_, **__: None)
     given = settings()
     model = random_model(given, "sdpa" if given.attention == "full" else "published_s2")
-    for length in given.lengths:
-        train(given, model, min(length, WARM_UP_LENGTH), 1)
-        answer(length, lambda length=length: train(given, model, length, given.num_steps))  # type: ignore[misc]
+    train(given, model, min(given.length, WARM_UP_LENGTH), 1)
+    answer(given.length, lambda: train(given, model, given.length, given.num_steps))
 
 
 if __name__ == "__main__":

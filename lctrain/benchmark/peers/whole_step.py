@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ class Settings:
 
     architecture: dict[str, Any]  # a transformers config, model_type included
     attention: str  # full or shifted_sparse
-    lengths: list[int]
-    num_steps: int  # timed, behind one that is not
+    length: int
+    num_steps: int  # timed at most, behind one that is not
+    seconds: float  # once they have taken so many, three are enough
 
 
 def settings() -> Settings:
@@ -56,6 +57,11 @@ def timed(step: Callable[[], None]) -> float:
     step()
     torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def is_enough(times: Sequence[float], seconds: float) -> bool:
+    """Whether timed steps have taken `seconds`, and are three at least."""
+    return len(times) >= 3 and sum(times) >= seconds
 
 
 def answer(length: int, run: Callable[[], list[float]]) -> None:

@@ -1,0 +1,227 @@
+"""A training step on tensors that have sizes and no data: torch's fake tensors, whose storages are counted."""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil, log2
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AttentionInterface, PreTrainedModel
+
+from lctrain.attention.base import Attention
+from lctrain.kernels.linear_cross_entropy import MAX_LOGITS, linear_cross_entropy
+from lctrain.memory.host import Host
+from lctrain.model.head import softcap, unwrap
+from lctrain.plan.stand_ins import CountingHost, attend_by, loss_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a micro-batch on one device is."""
+
+    rows: int
+    length: int
+    kernel: str  # not reference
+    autocast: bool  # bf16-mixed
+    num_devices: int
+    sequence_parallel_size: int = 1  # of them have a part of each row
+    fused_loss: bool = False  # Liger's, else tiles
+    num_compared: int = 0  # states of a teacher, in place of the head's loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """Bytes of one step. What is live is counted from the first storage on; lists have an entry for each layer."""
+
+    weights: int
+    layer_weights: int
+    before: int  # live before the forward
+    kept: int  # live behind the forward
+    kept_by_layer: list[int]  # live behind each layer's forward
+    casts_by_layer: list[int]  # copies of weights that autocast made up to this layer, dropped after the loss
+    loss: int  # at most, beyond what is kept and cast
+    peaks: list[int]  # most that lived in each layer's backward, and, at the end, in what comes behind the layers
+    host: int
+
+
+def simulate(
+    model: nn.Module, method: Attention, step: Step, hasten: Callable[[PreTrainedModel, Host], None]
+) -> Simulated:
+    """One step of a tuned `model` on the meta device, which is used up. `hasten` is the recipe's."""
+    host = CountingHost()
+    with FakeTensorMode():
+        _materialize(model)
+        base = unwrap(model)  # type: ignore[arg-type]
+        hasten(base, host)
+        AttentionInterface.register("lctrain_plan", attend_by(method, step.length))
+        base.set_attn_implementation("lctrain_plan")
+        return _run(base, step, host)
+
+
+def _run(model: PreTrainedModel, step: Step, host: CountingHost) -> Simulated:
+    model.train()
+    ids = torch.empty(step.rows, step.length // step.sequence_parallel_size, dtype=torch.int64)
+    given = torch.empty(1, 1, 1, 1)  # a mask that is there already, so that transformers builds none
+    decoder = model.get_decoder()
+    with Storages() as storages:
+        for tensor in _tensors(model):
+            storages.count(tensor)
+        weights = storages.live
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        before = storages.restart()
+        marks = _Marks(storages, decoder.layers)
+        with torch.autocast("cpu", torch.bfloat16, enabled=step.autocast):
+            hidden = decoder(input_ids=ids, position_ids=ids, attention_mask=given, use_cache=False).last_hidden_state
+            forward = storages.live
+        kept = storages.restart()
+        marks.end_forward()
+        loss = _loss(model, hidden, step, storages)
+        storages.restart()
+        total = loss_of(hidden)
+        del hidden
+        if total.requires_grad:
+            total.backward()
+        marks.end_layer()
+    own = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors(decoder.layers[0])}
+    return Simulated(
+        weights=weights,
+        layer_weights=sum(own.values()),
+        before=before,
+        kept=kept,
+        kept_by_layer=marks.kept,
+        casts_by_layer=marks.casts,
+        loss=loss + forward - kept,
+        peaks=marks.peaks,
+        host=host.num_bytes,
+    )
+
+
+class _Marks:
+    """Reads the count where layers begin and end."""
+
+    def __init__(self, storages: "Storages", layers: Any) -> None:
+        self.kept: list[int] = []
+        self.casts: list[int] = []
+        self.peaks = [0] * (len(layers) + 1)
+        self._storages, self._layer = storages, len(layers)
+        self._hooks = [layer.register_forward_hook(self._end_forward_of) for layer in layers]
+
+    def _end_forward_of(self, layer: nn.Module, args: Any, output: Any) -> None:
+        hidden, index, live = output if isinstance(output, Tensor) else output[0], len(self.kept), self._storages.live
+        torch.clear_autocast_cache()  # no other layer has these weights
+        self.kept.append(self._storages.live)
+        self.casts.append(live - self._storages.live + (self.casts[-1] if self.casts else 0))
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: self.end_layer(index))
+
+    def end_forward(self) -> None:
+        """Layers that run again from here on are not the forward."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def end_layer(self, next_layer: int = -1) -> None:
+        """In the backward, which visits `next_layer` from here on."""
+        self.peaks[self._layer] = self._storages.peak
+        self._storages.restart()
+        self._layer = next_layer
+
+
+def _loss(model: PreTrainedModel, hidden: Tensor, step: Step, storages: "Storages") -> int:
+    """Most bytes in the loss and its backward."""
+    if step.num_compared:
+        return _distance(hidden, step.num_compared)
+    return _fused_loss(model, hidden) if step.fused_loss else _tiled_loss(model, hidden, step.autocast, storages)
+
+
+def _distance(hidden: Tensor, num_compared: int) -> int:
+    """Teacher's and student's states where every token has a label, and of one of them both and a difference in fp32.
+
+    The teacher's forward keeps nothing else, and is over before the student's begins.
+    """
+    return hidden.numel() * (2 * hidden.itemsize * num_compared + 3 * 4)
+
+
+def _tiled_loss(model: PreTrainedModel, hidden: Tensor, autocast: bool, storages: "Storages") -> int:
+    """From the third tile on it is a line in the number of tokens."""
+    head = model.get_output_embeddings()
+    tile, num_tokens = max(1, MAX_LOGITS // head.weight.shape[0]), hidden.shape[0] * hidden.shape[1]
+
+    def most(num_tokens: int) -> int:
+        source = torch.empty(num_tokens, hidden.shape[-1], dtype=hidden.dtype, requires_grad=hidden.requires_grad)
+        labels = torch.empty(num_tokens, dtype=torch.int64)
+        before = storages.restart()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            valid = source.clone()  # as selecting the valid tokens does
+            total, _ = linear_cross_entropy(valid, head.weight, head.bias, labels, softcap=softcap(model))
+        del valid
+        if total.requires_grad:
+            total.backward()
+        return storages.peak - before
+
+    if num_tokens <= 3 * tile:
+        return most(num_tokens)
+    two, three = most(2 * tile), most(3 * tile)
+    return int(two + (three - two) * (num_tokens - 2 * tile) // tile)
+
+
+def _fused_loss(model: PreTrainedModel, hidden: Tensor) -> int:
+    """Liger's: the gradient of the hidden states, and logits of as many tokens as make them about that large."""
+    vocab_size, hidden_size = model.get_output_embeddings().weight.shape
+    num_tokens = hidden.numel() // hidden_size
+    tile = 2 ** ceil(log2(ceil(num_tokens / ceil(vocab_size / hidden_size))))
+    return int(num_tokens * hidden_size + tile * vocab_size) * hidden.itemsize
+
+
+class Storages(TorchDispatchMode):
+    """Counts the bytes of all storages that operations return, for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live: int = 0
+        self.peak: int = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_iter(out):
+            if isinstance(leaf, Tensor):
+                self.count(leaf)
+        return out
+
+    def count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:  # else a view
+            self._known.add(storage._cdata)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, identity: int, num_bytes: int) -> None:
+        self._known.discard(identity)
+        self.live -= num_bytes
+
+    def restart(self) -> int:
+        """What is live now; the peak is counted anew from here."""
+        self.peak = self.live
+        return self.live
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _materialize(model: nn.Module) -> None:
+    """Meta tensors become fake ones on the CPU, where autocast works. Tied ones stay tied."""
+    fakes: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor not in fakes:
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                fakes[tensor] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+            setattr(module, name, fakes[tensor])
