@@ -15,7 +15,7 @@ examples:
   lctrain benchmark overhead
   lctrain benchmark overhead run_dir=runs/overhead num_steps=50 num_repeats=5 sequence_length=2048
   lctrain benchmark overhead model.path=<folder or hub id>
-  lctrain benchmark step model=llama3_8b model.dtype=bfloat16 tuning=lora memory=auto trainer.accelerator=gpu peers=[trl]
+  lctrain benchmark step model=llama3_8b tuning=lora model.dtype=bfloat16 trainer.accelerator=gpu peers=[trl]
   lctrain benchmark length model=llama3_8b model.dtype=bfloat16 tuning=lora trainer.accelerator=auto
   lctrain benchmark gates experiment=duo model=llama3_8b model.dtype=bfloat16 lengths=[32768] trainer.accelerator=auto
   lctrain benchmark serve model=llama3_8b trainer.accelerator=auto model.dtype=bfloat16
