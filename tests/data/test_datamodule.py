@@ -126,6 +126,7 @@ def test_held_out_documents_are_never_trained_on(build_data: Build) -> None:
     assert len(heldout) > 3
     assert trained <= seen
     assert not heldout & seen
+    assert heldout < {tuple(tokens) for tokens in data.documents()} >= trained
 
 
 def test_variants_of_a_held_out_text_are_not_trained_on(build_data: Build, corpus: Corpus) -> None:
