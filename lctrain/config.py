@@ -25,6 +25,7 @@ _SECRET_VARIABLE = re.compile(r"(?i)KEY|TOKEN|SECRET|PASSWORD")
 
 _PATH = re.compile(
     r"run_dir|output|checkpoint|resume|model\.(tokenizer_)?path|(.+_)?attention\.path|data\.(.+\.)?(path|name)"
+    r"|cache\.pattern\.path|retrieval\.pattern"
 )
 
 
