@@ -168,7 +168,7 @@ REFUSALS = {
     "cache=streaming": "= 2052 is all of 128 tokens; use cache=full",
     f"{STREAMING} attention=sliding_window attention.sliding_window=16": "StreamingCache decides .* instead of Sliding",
     f"{STREAMING} rope=dynamic rope.factor=2": "rope_type=dynamic .* use cache.positions=text",
-    "attention=duo attention={num_sink_tokens:2,recent_size:16}": "DuoAttention.* as it begins; use attention=head_pattern",
+    "attention=duo attention={num_sink_tokens:2,recent_size:16}": "as it begins; use attention=head_pattern",
     "cache=duo": "is no head pattern; give head_pattern.json",
 }
 
