@@ -24,7 +24,8 @@ _SECRET_FIELD = re.compile(r"(?i)(api|access|private)_?key|passw|secret|credenti
 _SECRET_VARIABLE = re.compile(r"(?i)KEY|TOKEN|SECRET|PASSWORD")
 
 _PATH = re.compile(
-    r"run_dir|output|checkpoint|resume|model\.(tokenizer_)?path|(.+_)?attention\.path|retrieval\.pattern|data\.(.+\.)?(path|name)"
+    r"run_dir|output|checkpoint|resume|model\.(tokenizer_)?path|(.+_)?attention\.path|data\.(.+\.)?(path|name)"
+    r"|cache\.pattern\.path|retrieval\.pattern"
 )
 
 

@@ -51,10 +51,11 @@ class HeadPattern:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise InputError(f"head pattern: {name}={value} must be within 0 and 1")
-        if self.num_sink_tokens < 0 or self.recent_size < 1:
+        sizes = self.num_sink_tokens, self.recent_size
+        if any(type(size) is not int for size in sizes) or sizes[0] < 0 or sizes[1] < 1:
             raise InputError(
-                f"head pattern: num_sink_tokens={self.num_sink_tokens} must be at least 0 and "
-                f"recent_size={self.recent_size} at least 1"
+                f"head pattern: num_sink_tokens={sizes[0]} must be a whole number of at least 0 and "
+                f"recent_size={sizes[1]} one of at least 1"
             )
 
     @property
@@ -117,12 +118,15 @@ class HeadPattern:
 
     @classmethod
     def _from_json(cls, file: Path) -> "HeadPattern":
-        content: dict[str, Any] = json.loads(file.read_text())
+        content, names = json.loads(file.read_text()), [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(content, dict) or not {"gates"} <= content.keys() <= set(names):
+            raise InputError(f"a head pattern has gates, and nothing but {', '.join(names)}")
         return cls.from_gates(content.pop("gates"), **content)
 
     @classmethod
     def _from_tsv(cls, file: Path) -> "HeadPattern":
-        gates = np.loadtxt(file, delimiter="\t", ndmin=2)
+        rows = [row for row in file.read_text().splitlines() if row.strip()]
+        gates = np.loadtxt(rows, delimiter="\t", ndmin=2) if rows else np.empty((0, 0))
         near = (gates >= -_OVERSHOOT) & (gates <= 1 + _OVERSHOOT)
         beside = file.with_name("config.json")
         settings: dict[str, Any] = json.loads(beside.read_text()) if beside.is_file() else {}

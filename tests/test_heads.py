@@ -88,9 +88,9 @@ def test_reading_may_decide_anew(tmp_path: Path) -> None:
         ("1\t0\n0\n", "no head pattern"),
         ("one\ttwo\n", "no head pattern"),
         ("", "needs the same number"),
+        ("\n \n", "needs the same number"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:loadtxt")
 def test_what_is_no_pattern_is_refused_by_its_file(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / TSV).write_text(text)
     with pytest.raises(InputError, match=message) as refused:
@@ -100,10 +100,13 @@ def test_what_is_no_pattern_is_refused_by_its_file(tmp_path: Path, text: str, me
 
 
 def test_a_json_of_something_else_and_a_missing_file_are_refused(tmp_path: Path) -> None:
-    for content in ('{"gates": [[1]], "colour": "red"}', "{}", "[1]", "not json"):
+    for content in ('{"gates": [[1]], "colour": "red"}', "{}", "[1]", "null"):
         (tmp_path / JSON).write_text(content)
-        with pytest.raises(InputError, match=JSON):
+        with pytest.raises(InputError, match=f"{JSON}: a head pattern has gates, and nothing but gates, threshold, "):
             HeadPattern.read(tmp_path)
+    (tmp_path / JSON).write_text("not json")
+    with pytest.raises(InputError, match=f"{JSON} is no head pattern"):
+        HeadPattern.read(tmp_path)
     with pytest.raises(InputError, match="is no head pattern"):
         HeadPattern.read(tmp_path / "nothing")
 
@@ -115,6 +118,8 @@ def test_a_json_of_something_else_and_a_missing_file_are_refused(tmp_path: Path)
         ({"streaming_share": 0.5}, "one of"),
         ({"threshold": 1.5}, "threshold=1.5"),
         ({"recent_size": 0}, "recent_size=0"),
+        ({"num_sink_tokens": 4.5}, "num_sink_tokens=4.5 must be a whole number"),
+        ({"recent_size": "8"}, "recent_size=8"),
         ({"gates": ((1.0,), (1.0, 0.0))}, "same number"),
     ],
 )

@@ -22,7 +22,7 @@ from lctrain.evaluation.base import Result, Task
 from lctrain.evaluation.pictures import draw
 from lctrain.evaluation.reader import Reader
 from lctrain.evaluation.report import versions
-from lctrain.evaluation.run import begin, check, device, evaluate, journal, plain, stamp, texts
+from lctrain.evaluation.run import begin, check, check_cache, device, evaluate, journal, plain, stamp, texts
 from lctrain.evaluation.style import STYLE
 from lctrain.folder import RunFolder
 from lctrain.heads import HeadPattern
@@ -69,7 +69,7 @@ def retrieval(cfg: DictConfig) -> dict[str, Any]:
     arms = list(_arms(cfg.retrieval))
     for arm in arms:
         for task in tasks.values():
-            arm.cache.check(recipe.config(), task.context_lengths[-1])
+            check_cache(arm.cache, recipe.attention, recipe.config(), task)
     with journal(cfg, folder) as cells:
         cells.require("the weights", stamp(recipe))
         reader = Reader(

@@ -3,7 +3,6 @@
 Costs do not depend on what a model knows: weights, tokens and the pattern are random.
 """
 
-import gc
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,6 +19,7 @@ from rich.table import Table
 from transformers import Cache, PreTrainedModel
 
 from lctrain.attention.full import FullAttention
+from lctrain.benchmark.measure import GIB, forget, synchronize
 from lctrain.benchmark.random_model import RandomModel
 from lctrain.benchmark.step import write
 from lctrain.cache.base import CachePolicy, prefill
@@ -32,7 +32,6 @@ from lctrain.memory.savings import NOTHING
 from lctrain.model.decode import GreedyDecoder
 from lctrain.model.tuning import Frozen
 
-GIB = 2**30
 WARM_UP = 3  # decoded tokens that are not timed: the first runs as it is, the second captures
 SHRINK = 0.99  # of a length that did not fit, the next that is tried
 
@@ -116,7 +115,7 @@ class _Bench:
 
     def _read(self, name: str, policy: CachePolicy, length: int) -> Served:
         """A prompt of this length, whole."""
-        self._forget()
+        forget(self._model.device)
         cache, tokens = policy.new(self._model, length + self._room), self._tokens(length + 1)
         start = self._now()
         prefill(self._model, tokens, None, cache, self._cfg.chunk_size)
@@ -124,7 +123,7 @@ class _Bench:
 
     def _longest(self, name: str, policy: CachePolicy, overhead: float) -> Served:
         """As long as memory allows, foretold from shorter rows and tried: the cache is filled, one chunk is read."""
-        self._forget()
+        forget(self._model.device)
         free = torch.cuda.mem_get_info()[0] / GIB + self.weights_gib - overhead
         length = int(free * GIB / self._num_bytes(policy, 2**20) * 2**20)
         while True:
@@ -134,7 +133,7 @@ class _Bench:
 
     def _filled(self, name: str, policy: CachePolicy, length: int) -> Served:
         """Random keys and values, and the last chunk read behind them."""
-        self._forget()
+        forget(self._model.device)
         cache, tokens = policy.new(self._model, length + self._room), self._tokens(length + 1)
         prefill(self._model, tokens[:, :2], None, cache, None)  # makes the buffers
         for layer in _layers(cache):
@@ -184,15 +183,8 @@ class _Bench:
         return torch.randint(self._model.config.get_text_config().vocab_size, (1, length), device=self._model.device)
 
     def _now(self) -> float:
-        if self._cuda:
-            torch.cuda.synchronize()
+        synchronize(self._model.device)
         return time.perf_counter()
-
-    def _forget(self) -> None:
-        gc.collect()
-        if self._cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
 
 
 def _layers(cache: Cache) -> Iterator[CacheLayer]:

@@ -6,7 +6,7 @@ Shape legend: B batch, H query heads, K key-value heads, L new tokens, S all tok
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from lctrain.kernels.base import Kernel
 
 class CachePolicy(ABC):
     """What is kept of the keys and values before, and what of it is attended: makes caches for `generate`."""
+
+    keeps_all: ClassVar[bool] = False  # nothing is forgotten: any attention method may attend, not full attention alone
 
     @abstractmethod
     def new(self, model: PreTrainedModel, length: int | None = None) -> Cache:

@@ -10,7 +10,7 @@ from lctrain.cache.base import CachePolicy
 from lctrain.cache.full import AllKeys, bytes_per_key
 from lctrain.cache.layer import CacheLayer, Part, require_full_layers, require_installed
 from lctrain.cache.ring import Ring, Slots
-from lctrain.cache.rotation import Rotation
+from lctrain.cache.rotation import Rotation, require_fixed_frequencies
 from lctrain.cache.streaming import Positions, check_positions, streaming_bytes
 from lctrain.heads import HeadPattern
 
@@ -53,4 +53,6 @@ class DuoCache(CachePolicy):
 
     def check(self, config: PreTrainedConfig, length: int | None = None) -> None:
         require_full_layers(config)
+        if self.positions == "cache":
+            require_fixed_frequencies(config)
         self.pattern.check(config, length)

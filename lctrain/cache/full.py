@@ -4,6 +4,7 @@ Shape legend: B batch, H query heads, K key-value heads, L new tokens, D head di
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -51,6 +52,8 @@ class FullCache(CachePolicy):
     Layers with a window or a state of their own, and models that attend without lctrain, keep what transformers keeps
     for them.
     """
+
+    keeps_all: ClassVar[bool] = True
 
     def new(self, model: PreTrainedModel, length: int | None = None) -> Cache:
         layers = DynamicCache(config=model.config.get_text_config()).layers

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lctrain.errors import InputError
 
@@ -21,15 +21,11 @@ class Rotation:
 
     def __init__(self, model: PreTrainedModel) -> None:
         """InputError if the model's embedding can't be continued this way."""
-        config = model.config.get_text_config()
-        kind = (config.rope_parameters or {}).get("rope_type") if hasattr(config, "rope_parameters") else None
-        if kind in GROWING:
-            raise InputError(f"rope_type={kind} has other frequencies in longer rows; use positions: text")
         module: Any = getattr(model.get_decoder(), "rotary_emb", None)
         rotate_half = getattr(sys.modules[type(model).__module__], "rotate_half", None)
         probe = torch.arange(4.0)
         if module is None or rotate_half is None or rotate_half(probe).tolist() != [-2.0, -3.0, 0.0, 1.0]:
-            raise InputError(f"{type(model).__name__} does not rotate halves of its heads; use positions: text")
+            raise InputError(f"{type(model).__name__} does not rotate halves of its heads; use cache.positions=text")
         self._module = module
         self._rotate_half: Callable[[Tensor], Tensor] = rotate_half
 
@@ -40,3 +36,10 @@ class Rotation:
         cos, sin = (torch.cat((f(angles),) * 2, dim=-1).to(dtype) for f in (torch.cos, torch.sin))
         x, rest = x_BHLD[..., : cos.shape[-1]], x_BHLD[..., cos.shape[-1] :]
         return torch.cat(((x * cos + self._rotate_half(x) * sin).to(rest.dtype), rest), dim=-1)
+
+
+def require_fixed_frequencies(config: PreTrainedConfig) -> None:
+    """InputError where a row's length decides its frequencies: no rotation moves what was placed by others."""
+    kind = (getattr(config.get_text_config(), "rope_parameters", None) or {}).get("rope_type")
+    if kind in GROWING:
+        raise InputError(f"rope_type={kind} has other frequencies in longer rows; use cache.positions=text")

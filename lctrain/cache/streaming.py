@@ -10,7 +10,7 @@ from lctrain.cache.base import CachePolicy
 from lctrain.cache.full import bytes_per_key
 from lctrain.cache.layer import CacheLayer, Part, require_full_layers, require_installed
 from lctrain.cache.ring import Ring, Slots
-from lctrain.cache.rotation import Rotation
+from lctrain.cache.rotation import Rotation, require_fixed_frequencies
 from lctrain.errors import InputError
 
 Positions = Literal["text", "cache"]
@@ -51,6 +51,8 @@ class StreamingCache(CachePolicy):
 
     def check(self, config: PreTrainedConfig, length: int | None = None) -> None:
         require_full_layers(config)
+        if self.positions == "cache":
+            require_fixed_frequencies(config)
         if length is not None and self.num_sink_tokens + self.recent_size >= length:
             raise InputError(
                 f"cache.num_sink_tokens + cache.recent_size = {self.num_sink_tokens + self.recent_size} "

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from transformers import PreTrainedConfig
 
 from lctrain.attention.base import Attention
+from lctrain.attention.full import FullAttention
 from lctrain.cache.base import CachePolicy
 from lctrain.cache.full import FullCache
 from lctrain.config import dump, public
@@ -80,12 +81,23 @@ def check(cfg: DictConfig, config: PreTrainedConfig, data: Texts) -> None:
     tasks: dict[str, Task] = instantiate(cfg.evaluation, _convert_="all")
     method: Attention = instantiate(cfg.evaluation_attention, _convert_="all")
     cache = _cache(cfg)
+    if method.learned():
+        raise InputError(f"{method} would be evaluated as it begins; use attention=head_pattern, or cache=duo")
     for name, task in tasks.items():
         task.check(documents(task, data), data.tokenizer)
         method.check(config.get_text_config(), list(task.context_lengths))
-        cache.check(config.get_text_config(), task.context_lengths[-1])
+        check_cache(cache, method, config, task)
         if task.generates and not method.can_decode():
             raise InputError(f"{method} can't decode, as evaluation.{name} does; evaluate another pattern")
+
+
+def check_cache(cache: CachePolicy, method: Attention, config: PreTrainedConfig, task: Task) -> None:
+    """Raise InputError where the cache does not fit the model, the task's longest row, or what attends."""
+    cache.check(config.get_text_config(), task.context_lengths[-1])
+    if not cache.keeps_all and not isinstance(method, FullAttention):
+        raise InputError(
+            f"{type(cache).__name__} decides itself what heads see, instead of {method}; use attention=full"
+        )
 
 
 def report_training(cfg: DictConfig, folders: Mapping[str, str], training: Training) -> None:

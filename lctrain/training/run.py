@@ -74,8 +74,7 @@ def train(cfg: DictConfig) -> Trained:
     _check_strategy(cfg, trainer)
     module.recipe = resolve(cfg, module.recipe, datamodule.curriculum.lengths(), device, trainer.world_size)
     module.recipe.check(datamodule.curriculum.lengths(), device.type, cfg.sequence_parallel_size)
-    if not any(p.requires_grad for p in module.recipe.skeleton(module.recipe.config()).parameters()):
-        raise InputError(f"{module.recipe.tuning} leaves nothing to train; choose another tuning")
+    _check_trained(module.recipe)
     module.check(device)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Gates):
@@ -136,6 +135,19 @@ def _check_strategy(cfg: DictConfig, trainer: Trainer) -> None:
         raise InputError("ZeRO trains in model.dtype: use model.dtype=bfloat16 instead of trainer.precision=bf16-mixed")
     if cfg.trainer.num_nodes > 1 and trainer.world_size == 1:
         raise InputError(f"strategy=single is for one process, trainer.num_nodes={cfg.trainer.num_nodes}; use ddp")
+
+
+def _check_trained(recipe: ModelRecipe) -> None:
+    """Raise InputError where nothing trains, or where what the attention is to learn does not."""
+    parameters = recipe.skeleton(recipe.config()).named_parameters()
+    trained = {name.rpartition(".")[2] for name, parameter in parameters if parameter.requires_grad}
+    if not trained:
+        raise InputError(f"{recipe.tuning} leaves nothing to train; choose another tuning")
+    for name in recipe.attention.learned().keys() - trained:
+        raise InputError(
+            f"{name} of {type(recipe.attention).__name__} would stay as they begin under {recipe.tuning}; "
+            f"use tuning=gates, or tuning.trainable=[{name}]"
+        )
 
 
 def _check_positions(recipe: ModelRecipe) -> None:

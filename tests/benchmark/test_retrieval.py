@@ -73,10 +73,14 @@ def test_a_stopped_comparison_goes_on_to_the_same_numbers(benchmark, tmp_path, m
         ("retrieval.streaming_shares=[0.5,0.25]", "must ascend"),
         ("retrieval.num_seeds=0", "at least 1"),
         ("retrieval.recent_size=62", "streaming heads keep 2 . 62 tokens, which is all of 64"),
+        (
+            "attention@evaluation_attention=streaming evaluation_attention={num_sink_tokens:2,recent_size:16}",
+            "DuoCache decides itself what heads see, instead of StreamingAttention",
+        ),
     ],
 )
 def test_refusals_come_before_anything_is_written(benchmark, tmp_path, override, message):
-    words = ["~evaluation.passkey"] if override == "evaluation=perplexity" else [override]
+    words = ["~evaluation.passkey"] if override == "evaluation=perplexity" else override.split()
     with pytest.raises(InputError, match=message):
         retrieval(benchmark("run", *words))
     assert not (tmp_path / "run").exists()

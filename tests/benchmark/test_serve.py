@@ -1,8 +1,10 @@
 """Serving a tiny random model on a CPU; what is written, not how fast it is."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lctrain.benchmark import serve
 from lctrain.benchmark.run import main
@@ -47,9 +49,8 @@ def test_the_longest_is_shrunk_until_it_fits(monkeypatch):
             raise serve.torch.OutOfMemoryError
         return length
 
-    bench.weights_gib = 2.0
+    bench.weights_gib, bench._model = 2.0, SimpleNamespace(device=torch.device("cpu"))
     monkeypatch.setattr(bench, "_filled", filled, raising=False)
-    monkeypatch.setattr(bench, "_forget", lambda: None, raising=False)
     monkeypatch.setattr(bench, "_num_bytes", lambda policy, length: 2 * length, raising=False)
     assert bench._longest("full", None, overhead=3.0) == tried[-1]
     assert tried == [int(4.5 * serve.GIB), int(int(4.5 * serve.GIB) * 0.99), tried[-1]]

@@ -128,7 +128,7 @@ def test_a_full_cache_serves_models_with_windows(tiny, ids, model_type):
 )  # fmt: skip
 def test_positions_in_the_cache_need_one_set_of_frequencies(tiny, rope, reason):
     model = installed(tiny("llama", rope_parameters=rope | {"rope_theta": 10000.0}))
-    with pytest.raises(InputError, match=f"{reason}; use positions: text"):
+    with pytest.raises(InputError, match=f"{reason}; use cache.positions=text"):
         StreamingCache(num_sink_tokens=3, recent_size=5, positions="cache").new(model)
 
 

@@ -157,6 +157,7 @@ def test_what_an_evaluation_is_told_reaches_the_reader(evaluation, monkeypatch):
     assert {reader.prefill_chunk_size for reader in readers} == {16}
 
 
+STREAMING = "cache=streaming cache.recent_size=16"
 REFUSALS = {
     "evaluation.needle.depths=[0.5,1.5]": "needle depths must ascend from 0 to 1",
     "evaluation.needle.answer=''": "holds no word",
@@ -164,13 +165,18 @@ REFUSALS = {
     "evaluation.needle.lengths=[32]": "needle at length 32: a needle's prompt needs",
     "evaluation.passkey.lengths=[96,9000]": r"passkey at length 9000 .* there are 6340, 2660 too few",
     "prefill_chunk_size=0": "prefill_chunk_size=0 must be at least 1",
+    "cache=streaming": "= 2052 is all of 128 tokens; use cache=full",
+    f"{STREAMING} attention=sliding_window attention.sliding_window=16": "StreamingCache decides .* instead of Sliding",
+    f"{STREAMING} rope=dynamic rope.factor=2": "rope_type=dynamic .* use cache.positions=text",
+    "attention=duo attention={num_sink_tokens:2,recent_size:16}": "as it begins; use attention=head_pattern",
+    "cache=duo": "is no head pattern; give head_pattern.json",
 }
 
 
 @pytest.mark.parametrize("override", REFUSALS)
 def test_refusals_come_before_anything_is_written(evaluation, tmp_path, override):
     with pytest.raises(InputError, match=REFUSALS[override]):
-        explained(evaluation("run", override))
+        explained(evaluation("run", *override.split()))
     assert not (tmp_path / "run").exists()
 
 

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -36,6 +37,16 @@ def test_groups_are_those_that_compose(verb):
         for group in config.groups(verb)
         if group != "experiment"
     )
+
+
+def test_the_readme_names_every_choice():
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text()
+    rows = dict(reversed(re.findall(r"^\| `(\w+)`[^|]*\| (.*) \|$", readme, re.MULTILINE)))  # of two, the first
+    groups = config.groups("train") | config.groups("evaluate")
+    assert len(rows) > 9
+    for group, told in rows.items():
+        names = re.sub(r" \([^)]*\)", "", told).split(", ")
+        assert sorted(names) == groups[group][1], group
 
 
 def test_examples_compose(subtests):

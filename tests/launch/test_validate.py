@@ -95,6 +95,12 @@ def test_local_paths_hold_in_any_folder(tmp_path, monkeypatch):
     assert cfg.data.path == cfg.datamodule.corpus.path == str(tmp_path / "home/text")
     assert cfg.callbacks.checkpoint.folder == str(tmp_path / "runs/a/checkpoints")
     assert cfg.resume == "auto"
+    cfg = config.compose("evaluate", ["model.path=base", "cache=duo"])
+    config.anchor_paths(cfg)
+    assert cfg.cache.pattern.path == str(tmp_path / "base")
+    cfg = config.compose("benchmark", ["retrieval.pattern=base"])
+    config.anchor_paths(cfg)
+    assert cfg.retrieval.pattern == str(tmp_path / "base")
 
 
 def test_a_hubs_id_and_what_is_not_there_stay_as_they_were_typed(tmp_path, monkeypatch):
