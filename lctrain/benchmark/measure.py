@@ -12,7 +12,6 @@ import torch
 from hydra.utils import instantiate
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
-from torch.utils.data import DataLoader
 
 from lctrain.benchmark.peers.whole_step import is_enough
 from lctrain.benchmark.random_model import RandomModel
@@ -31,6 +30,7 @@ class Measured:
     """The steps behind the first one, which compiles; memory in GiB, the host's is the process's."""
 
     length: int
+    num_rows: int  # of that length, a step
     seconds: list[float]
     loss: float
     device_memory: float
@@ -39,7 +39,7 @@ class Measured:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.length / median(self.seconds)
+        return self.num_rows * self.length / median(self.seconds)
 
 
 class _Clock(Callback):
@@ -61,7 +61,8 @@ class _Clock(Callback):
         synchronize(pl_module.device)
         self.seconds.append(time.perf_counter() - self._start)
         self.loss = float(outputs["loss"])
-        trainer.should_stop |= is_enough(self.seconds[self._warm_up :], self._budget)
+        enough = is_enough(self.seconds[self._warm_up :], self._budget)
+        trainer.should_stop |= trainer.strategy.reduce_boolean_decision(enough, all=False)  # ranks stop together
 
 
 def measure(
@@ -74,8 +75,8 @@ def measure(
     warm_up: int = 1,
     **callbacks: Any,
 ) -> Measured:
-    """Trains for `warm_up` + `num_steps` steps on one row of `length` random tokens; for fewer, three at least, once
-    they have taken `budget` seconds.
+    """Trains for `warm_up` + `num_steps` steps on rows of `length` random tokens, one on each device or on those that
+    share it; for fewer steps, three at least, once they have taken `budget` seconds.
 
     Raises torch.OutOfMemoryError where it does not fit, RunError for a loss that is not finite.
     """
@@ -88,17 +89,22 @@ def measure(
         _convert_="all",
     )
     device = trainer.strategy.root_device
-    module = _module(cfg, length, device, memory)
+    mesh = Mesh(
+        rank=trainer.global_rank,
+        world_size=trainer.world_size,
+        sequence_parallel_size=cfg.sequence_parallel_size,
+    )
+    module = _module(cfg, length, device, memory, mesh)
     memory_used = module.recipe.memory
-    module.recipe.check([length], device.type)
+    module.recipe.check([length], device.type, mesh.sequence_parallel_size)
     module.check(device)
     forget(device)
     torch.manual_seed(cfg.seed)
     try:
-        batches: Any = _batches(module.recipe, length, warm_up + num_steps)
+        batches: Any = _batches(module.recipe, length, warm_up + num_steps, mesh)
         if warm_up and cfg.warm_up_length:
-            batches[:warm_up] = _batches(module.recipe, min(length, cfg.warm_up_length), warm_up)
-        trainer.fit(module, datamodule=_Rows(batches))
+            batches[:warm_up] = _batches(module.recipe, min(length, cfg.warm_up_length), warm_up, mesh)
+        trainer.fit(module, datamodule=_Rows(batches, mesh))
         peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
     finally:
         trainer.strategy.teardown()
@@ -108,6 +114,7 @@ def measure(
         raise RunError(f"the loss at {length} tokens is {clock.loss}")
     return Measured(
         length=length,
+        num_rows=mesh.data_parallel_size,
         seconds=clock.seconds[warm_up:],
         loss=clock.loss,
         device_memory=peak,
@@ -116,39 +123,55 @@ def measure(
     )
 
 
-class _Rows(LightningDataModule):
-    """The batches as they are, on one device."""
-
-    mesh = Mesh(rank=0, world_size=1, sequence_parallel_size=1)
+class _Batches:
+    """Not a list, of which Lightning would take each entry for a loader."""
 
     def __init__(self, batches: Any) -> None:
-        super().__init__()
         self._batches = batches
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self._batches, batch_size=None)
+    def __iter__(self) -> Any:
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
 
 
-def _module(cfg: DictConfig, length: int, device: torch.device, memory: Savings | None) -> LongContextModule:
+class _Rows(LightningDataModule):
+    """The batches as they are."""
+
+    def __init__(self, batches: Any, mesh: Mesh) -> None:
+        super().__init__()
+        self._batches, self.mesh = batches, mesh
+
+    def train_dataloader(self) -> _Batches:
+        return _Batches(self._batches)
+
+
+def _module(
+    cfg: DictConfig, length: int, device: torch.device, memory: Savings | None, mesh: Mesh
+) -> LongContextModule:
     module: LongContextModule = instantiate(cfg.module, _convert_="all")
     recipe = RandomModel.like(module.recipe, device, sequence_length=length)
     row = OmegaConf.merge(cfg, {"sequence_length": length, "datamodule": {"micro_batch_size": 1}})
     assert isinstance(row, DictConfig)
-    module.recipe = resolve(row, recipe, [length], device, 1) if memory is None else replace(recipe, memory=memory)
+    module.recipe = replace(recipe, memory=memory or recipe.memory)
+    module.recipe = resolve(row, module.recipe, [length], device, mesh.world_size)
     return module
 
 
-def _batches(recipe: Any, length: int, num_steps: int) -> list[Batch]:
-    generator = torch.Generator().manual_seed(0)
+def _batches(recipe: Any, length: int, num_steps: int, mesh: Mesh) -> list[Batch]:
+    """This rank's part of its rows."""
+    generator, part = torch.Generator().manual_seed(mesh.data_parallel_rank), mesh.part(length)
     vocab_size = recipe.config().get_text_config().vocab_size
     rows = torch.randint(0, vocab_size, (num_steps, 1, length + 1), generator=generator)
+    num_tokens = length // mesh.sequence_parallel_size
     return [
         {
-            "input_ids": row[:, :-1],
-            "labels": row[:, 1:],
-            "position_ids": torch.arange(length)[None],
-            "num_tokens": length,
-            "num_valid_tokens": length,
+            "input_ids": row[:, :-1][:, part],
+            "labels": row[:, 1:][:, part],
+            "position_ids": torch.arange(length)[None, part],
+            "num_tokens": num_tokens,
+            "num_valid_tokens": num_tokens,
         }
         for row in rows
     ]

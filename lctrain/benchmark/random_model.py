@@ -31,7 +31,7 @@ class RandomModel(ModelRecipe):
 
     def load(self, config: PreTrainedConfig) -> PreTrainedModel:
         with self.device:  # 8B numbers are drawn in a second there, in minutes on a CPU
-            return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=self.torch_dtype(config)))
+            return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=self.loaded_dtype(config)))
 
     def check(self, lengths: Sequence[int], device_type: str = "cpu", sequence_parallel_size: int = 1) -> None:
         config = self.check_attention(lengths, sequence_parallel_size)

@@ -2,6 +2,7 @@
 
 from omegaconf import DictConfig
 
+from lctrain.benchmark.devices import devices
 from lctrain.benchmark.gates import gates
 from lctrain.benchmark.kernels import kernels
 from lctrain.benchmark.length import length
@@ -18,6 +19,7 @@ COMPARISONS = {
     "kernels": kernels,
     "step": step,
     "length": length,
+    "devices": devices,
     "gates": gates,
     "serve": serve,
     "retrieval": retrieval,

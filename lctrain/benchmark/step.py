@@ -8,7 +8,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.utils import instantiate
@@ -78,8 +78,16 @@ def choose(cfg: DictConfig, **choices: str | None) -> DictConfig:
         if not file.is_file():
             names = sorted(path.stem for path in file.parent.glob("*.yaml"))
             raise InputError(nearest(f"no {group} '{name}'", name, names, show_all=True))
-        OmegaConf.update(changed, group, OmegaConf.load(file), merge=False)
+        OmegaConf.update(changed, group, _load(file), merge=False)
     return changed
+
+
+def _load(file: Path) -> DictConfig:
+    """A file of a group, over those beside it that it begins with."""
+    node = OmegaConf.load(file)
+    assert isinstance(node, DictConfig)
+    bases = [_load(file.with_name(f"{name}.yaml")) for name in node.pop("defaults", []) if name != "_self_"]
+    return cast(DictConfig, OmegaConf.merge(*bases, node))
 
 
 def _ask(points: Points, cfg: DictConfig, peer: str, attention: str) -> None:

@@ -150,8 +150,10 @@ def resolve(
     """The recipe with savings that fit on `device`, one of so many, in place of memory=auto. InputError if none do."""
     if not isinstance(recipe.memory, AutoSavings):
         return recipe
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // max(1, num_devices // cfg.trainer.num_nodes)
+    free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (host, host)
+    if num_devices > 1:  # whose ranks must choose alike: one that recomputes what another keeps would wait for it
+        free = total
     step = _step(cfg, recipe, lengths[-1], num_devices)
     resolved, memory = _memory_of(cfg, recipe, step, device=free * SPARE, host=host * SPARE)
     limit = (recipe.memory.device_memory or free * SPARE / GIB) * GIB
