@@ -2,7 +2,7 @@
 
   overhead   tokens/s of `lctrain train` against a plain PyTorch loop on the same model, batch and attention
   kernels    every attention pattern against full causal attention, by the pairs of tokens it needs (CUDA)
-  step       whole training steps by length, attention and tuning, with random weights, beside peers=[trl,assembly]
+  step       whole training steps by length, attention and tuning, on random weights, beside peers=[trl,assembly]
   length     peak memory by length with each saving alone, up to the first that does not fit
   devices    whole steps on several devices, sharded and sharing rows, against one, up to the longest that fits
   gates      training DuoAttention's gates against two passes with dense masks and against one of both rows together

@@ -28,6 +28,9 @@ _PATH = re.compile(
     r"|cache\.pattern\.path|retrieval\.pattern"
 )
 
+_WIRED = re.compile(r"^(module\.)?(recipe\.|model\.)?(?=(attention|rope|tuning|objective|optimizer|scheduler)\.)")
+"""Where a group's object is built, in front of the group's name: nobody sets options there."""
+
 
 def root() -> Path:
     """The folder with conf/, slurm/ and data/."""
@@ -180,7 +183,7 @@ def _explain_instantiation(error: BaseException) -> InputError | None:
     while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
         cause = cause.__cause__
     where = re.search(r"full_key: (\S+)", text)
-    prefix = f"{where[1]}." if where else ""
+    prefix = _WIRED.sub("", f"{where[1]}.") if where else ""
     if isinstance(cause, InputError):
         return cause
     if text.startswith("Error locating target"):

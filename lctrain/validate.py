@@ -19,6 +19,7 @@ BOUNDS = {  # what no constructor refuses by itself
     "tuning.r": (1, inf),
     "tuning.lora_dropout": (0, 1),
     "scheduler.num_warmup_steps": (0, inf),
+    "scheduler.num_cooldown_steps": (0, inf),
     "trainer.accumulate_grad_batches": (1, inf),
 }
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}

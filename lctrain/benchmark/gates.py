@@ -1,6 +1,5 @@
 """How fast gates train: tokens/s of `attention=duo` against the straightforward ways, on the same rows."""
 
-import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import median
@@ -15,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lctrain.attention.duo import DuoAttention
-from lctrain.benchmark.measure import GIB, forget, synchronize
+from lctrain.benchmark.measure import GIB, forget, now
 from lctrain.benchmark.random_model import RandomModel
 from lctrain.benchmark.step import write
 from lctrain.benchmark.straightforward import ConcatenatedDistillation, ConcatenatedDuoAttention, DenseKernel
@@ -119,7 +118,7 @@ def _train(
     objective = way.objective(**{f.name: getattr(module.objective, f.name) for f in fields(Distillation)})
     optimizer, seconds, first = module.make_optimizer(gates_of(model)), list[float](), dict[str, Any]()
     for batch in batches:
-        start = _now(recipe.device)
+        start = now(recipe.device)
         with torch.autocast(recipe.device.type, torch.bfloat16, enabled=recipe.autocasts()):
             terms = objective(model.train(), batch)
         loss = sum(terms.values(), torch.zeros((), device=recipe.device)) / cfg.num_answer_tokens
@@ -128,13 +127,8 @@ def _train(
         first = first or {"loss": float(loss.detach()), "gradients": gradients}
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(_now(recipe.device) - start)
+        seconds.append(now(recipe.device) - start)
     return {"seconds": seconds[1:], **first}
-
-
-def _now(device: torch.device) -> float:
-    synchronize(device)
-    return time.perf_counter()
 
 
 def _rate(row: dict[str, Any]) -> float:

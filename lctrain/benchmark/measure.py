@@ -183,6 +183,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def now(device: torch.device) -> float:
+    """Seconds on a clock, when all that was asked of the device is done."""
+    synchronize(device)
+    return time.perf_counter()
+
+
 def forget(device: torch.device) -> None:
     """What nobody holds any more is free, and peaks are counted anew."""
     gc.collect()

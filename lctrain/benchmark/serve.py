@@ -3,7 +3,6 @@
 Costs do not depend on what a model knows: weights, tokens and the pattern are random.
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from rich.table import Table
 from transformers import Cache, PreTrainedModel
 
 from lctrain.attention.full import FullAttention
-from lctrain.benchmark.measure import GIB, forget, synchronize
+from lctrain.benchmark.measure import GIB, forget, now
 from lctrain.benchmark.random_model import RandomModel
 from lctrain.benchmark.step import write
 from lctrain.cache.base import CachePolicy, prefill
@@ -117,9 +116,9 @@ class _Bench:
         """A prompt of this length, whole."""
         forget(self._model.device)
         cache, tokens = policy.new(self._model, length + self._room), self._tokens(length + 1)
-        start = self._now()
+        start = now(self._model.device)
         prefill(self._model, tokens, None, cache, self._cfg.chunk_size)
-        return self._decode(name, cache, tokens[:, -1:], "read", self._now() - start)
+        return self._decode(name, cache, tokens[:, -1:], "read", now(self._model.device) - start)
 
     def _longest(self, name: str, policy: CachePolicy, overhead: float) -> Served:
         """As long as memory allows, foretold from shorter rows and tried: the cache is filled, one chunk is read."""
@@ -166,9 +165,9 @@ class _Bench:
             step()
         times = []
         for _ in range(self._cfg.num_tokens):
-            start = self._now()
+            start = now(self._model.device)
             step()
-            times.append(self._now() - start)
+            times.append(now(self._model.device) - start)
         return median(times)
 
     @property
@@ -181,10 +180,6 @@ class _Bench:
 
     def _tokens(self, length: int) -> torch.Tensor:
         return torch.randint(self._model.config.get_text_config().vocab_size, (1, length), device=self._model.device)
-
-    def _now(self) -> float:
-        synchronize(self._model.device)
-        return time.perf_counter()
 
 
 def _layers(cache: Cache) -> Iterator[CacheLayer]:

@@ -1,1 +1,1 @@
-"""Does the model use its context: perplexity by length and position, passkey recall by length and depth."""
+"""Does the model use its context: perplexity by length and position, recall by length and depth."""

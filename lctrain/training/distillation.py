@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal
 
 import torch
@@ -50,8 +51,8 @@ class Distillation(Objective):
             raise InputError("objective.loss=logit_kl compares what the last layer leads to; use objective.layers=last")
         if self.gate_reduction not in ("sum", "mean"):
             raise InputError(f"objective.gate_reduction={self.gate_reduction} is neither sum nor mean")
-        if self.gate_weight < 0:
-            raise InputError(f"objective.gate_weight={self.gate_weight} must not be negative")
+        if not 0 <= self.gate_weight < inf:
+            raise InputError(f"objective.gate_weight={self.gate_weight} must be a number that is not negative")
         if self.gate_weight and GATES not in recipe.attention.learned():
             raise InputError(
                 f"objective.gate_weight={self.gate_weight} weighs the gates of attention=duo, and "

@@ -169,11 +169,9 @@ class ProgressBar(Callback):
             return
         last = next(callback for callback in trainer.callbacks if isinstance(callback, Metrics)).last  # type: ignore[attr-defined]
         shown = {"perplexity": "perplexity", "gates/mean": "mean gate"}
-        values = "  ".join(f"{label} {last[name]:.2f}" for name, label in shown.items() if name in last)
-        line = (
-            f"loss {last['loss']:.3f}  {values}  {last['tokens_per_second']:,.0f} tokens/s  "
-            f"length {last['sequence_length']:,}"
-        )
+        values = [f"{label} {last[name]:.2f}" for name, label in shown.items() if name in last]
+        speed = f"{last['tokens_per_second']:,.0f} tokens/s"
+        line = "  ".join([f"loss {last['loss']:.3f}", *values, speed, f"length {last['sequence_length']:,}"])
         self._bar.update(self._task, completed=trainer.global_step, description=line)
         now, finished = time.monotonic(), trainer.global_step == trainer.max_steps
         if self._bar.disable and (finished or now - self._printed > REPORT_EVERY_SECONDS):

@@ -144,8 +144,9 @@ def _check_trained(recipe: ModelRecipe) -> None:
     if not trained:
         raise InputError(f"{recipe.tuning} leaves nothing to train; choose another tuning")
     for name in recipe.attention.learned().keys() - trained:
+        attention, tuning = type(recipe.attention).__name__, type(recipe.tuning).__name__
         raise InputError(
-            f"{name} of {type(recipe.attention).__name__} would stay as they begin under {recipe.tuning}; "
+            f"{name} of {attention} would stay as they begin under {tuning}; "
             f"use tuning=gates, or tuning.trainable=[{name}]"
         )
 

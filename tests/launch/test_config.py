@@ -52,6 +52,14 @@ def test_what_a_constructor_refuses_is_the_users_mistake(fields, line):
     assert str(refusal(**fields)) == line
 
 
+def test_an_option_goes_by_the_name_that_sets_it():
+    cfg = config.compose("train", ["experiment=duo_tiny", "attention=full"])
+    with pytest.raises(InstantiationException) as caught:
+        instantiate(cfg.module)
+    explained = config.explain(caught.value, "train")
+    assert str(explained) == "no such option 'attention.num_sink_tokens'"
+
+
 def test_a_target_that_is_not_there_is_named():
     assert "no_such_module" in str(refusal(_target_="no_such_module.Window"))
 

@@ -1,9 +1,8 @@
-"""Help is instant, complete and true."""
+"""Help is quick, complete and true."""
 
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -59,14 +58,12 @@ def test_examples_compose(subtests):
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["plan", "-h"]])
-def test_help_is_instant_and_imports_nothing_heavy(arguments, tmp_path):
+def test_help_imports_nothing_heavy(arguments, tmp_path):
     code = (
         "import sys; from launch.main import main; main();"
         "print(sorted({'torch', 'hydra', 'lightning', 'transformers'} & set(sys.modules)), file=sys.stderr)"
     )
-    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert time.perf_counter() - start < 1
     assert done.stderr == "[]\n"

@@ -27,6 +27,7 @@ REFUSED = {
     "tuning=lora tuning.target_modules=q_proj": "tuning.target_modules=q_proj must be a list",
     "datamodule.micro_batch_size=0.5": "datamodule.micro_batch_size=0.5 must be a whole number",
     "scheduler.num_warmup_steps=-1": "scheduler.num_warmup_steps=-1 must be at least 0",
+    "scheduler=trapezoid scheduler.num_cooldown_steps=-1": "scheduler.num_cooldown_steps=-1 must be at least 0",
     "trainer.max_steps=abc": "trainer.max_steps=abc must be a whole number",
     "memory.checkpoint_layers=many": "memory.checkpoint_layers=many must be a whole number or all",
     "model.revision=1234567": "model.revision=1234567 must be text",

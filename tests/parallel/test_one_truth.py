@@ -69,6 +69,9 @@ def on_two_ranks():
     for strategy, sp, accumulate in (("ddp", 2, 4), ("zero2", 1, 4), ("zero3", 2, 1)):
         words = f"duo/{strategy}-sp{sp}-accumulate{accumulate}"
         cases[words] = case("duo", "adamw", f"strategy={strategy}", ranks=2, sp=sp, accumulate=accumulate)
+    heads = ["memory=checkpoint", "memory.kv_heads_at_a_time=1", "memory.save_attention=1"]
+    cases["lora/heads-ddp-sp2"] = case("shifted_sparse", "adamw", "tuning=lora", "strategy=ddp", *heads, ranks=2, sp=2)
+    cases["full-adamw/heads-zero2-sp2"] = case("full", "adamw", "strategy=zero2", *heads, ranks=2, sp=2)
     offload = ["strategy=zero3", "strategy.offload_optimizer=true", "strategy.offload_parameters=true"]
     cases["full-adamw/zero3-offload"] = case("full", "adamw", *offload, ranks=2)
     cases["full-adamw/zero1-offload"] = case(
