@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lctrain.errors import InputError
+from lctrain.kernels.mask import Local
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(batch, query head, query position, key position) -> may attend; index tensors that broadcast against each other."""
@@ -85,8 +86,8 @@ class MaskedAttention(Attention):
     def visible(self, layout: Layout) -> MaskMod:
         """The pattern of one layer as a function of positions."""
 
-    def window(self, layout: Layout) -> int | None:
-        """How far back, with the token itself, where that is the whole pattern: kernels know this one by themselves."""
+    def local(self, layout: Layout, head: int) -> Local | None:
+        """All that a query head of the layer sees, where that is recent tokens or its group: kernels know these."""
         return None
 
     def layer_group(self, layer_idx: int) -> Hashable:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from lctrain.attention.base import Layout, MaskedAttention, MaskMod
+from lctrain.kernels.mask import Local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,5 +13,5 @@ class FullAttention(MaskedAttention):
     def visible(self, layout: Layout) -> MaskMod:
         return lambda b, h, q_pos, kv_pos: kv_pos <= q_pos
 
-    def window(self, layout: Layout) -> int | None:
-        return layout.length
+    def local(self, layout: Layout, head: int) -> Local | None:
+        return Local()

@@ -6,6 +6,7 @@ from transformers import PreTrainedConfig
 
 from lctrain.attention.base import Layout, MaskedAttention, MaskMod, require_positive
 from lctrain.errors import InputError
+from lctrain.kernels.mask import Local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,12 @@ class ShiftedSparseAttention(MaskedAttention):
 
     def head_group(self, layout: Layout, head: int) -> bool:
         return self.group_size_ratio != 1 and head >= layout.num_attention_heads // 2
+
+    def local(self, layout: Layout, head: int) -> Local | None:
+        if self.group_size_ratio == 1:
+            return Local()
+        size = self._size(layout.length)
+        return Local(group=size, shift=size // 2 if self.head_group(layout, head) else 0)
 
     def _exact_size(self, length: int) -> float:
         # Rounded far below one token: 0.07 * 100 is 7.000000000000001 in floating point.

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from lctrain.attention.base import Layout, MaskedAttention, MaskMod, require_positive
 from lctrain.errors import InputError
+from lctrain.kernels.mask import Local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,8 @@ class SlidingWindowAttention(MaskedAttention):
         width = self.layer_group(layout.layer_idx)
         return lambda b, h, q_pos, kv_pos: q_pos - kv_pos < width
 
-    def window(self, layout: Layout) -> int | None:
-        return self.layer_group(layout.layer_idx)
+    def local(self, layout: Layout, head: int) -> Local | None:
+        return Local(window=self.layer_group(layout.layer_idx))
 
     def check(self, config: PreTrainedConfig, lengths: list[int]) -> None:
         if not isinstance(self.sliding_window, int) and len(self.sliding_window) != config.num_hidden_layers:

@@ -112,10 +112,12 @@ def row_mask(method: MaskedAttention, length: int, heads: Heads, documents: list
     numbers = torch.arange(len(documents), device=device).repeat_interleave(sizes)
     positions = (torch.arange(length, device=device) - (sizes.cumsum(0) - sizes)[numbers])[None].int()
     packed = len(documents) > 1
+    num_heads = len(method.head_groups(layout, heads.num_attention_heads))
+    local = [method.local(layout, head) for head in range(num_heads)]
     return Mask(
         q_length=length,
         kv_length=length,
-        num_heads=len(method.head_groups(layout, heads.num_attention_heads)),
+        num_heads=num_heads,
         num_key_value_groups=heads.num_attention_heads // heads.num_key_value_heads,
         head_dim=heads.head_dim,
         device=torch.device(device),
@@ -124,7 +126,7 @@ def row_mask(method: MaskedAttention, length: int, heads: Heads, documents: list
         visible=method.visible(layout),
         positions=(positions, positions) if packed else None,
         documents=(numbers[None].int(), numbers[None].int()) if packed else None,
-        window=method.window(layout),
+        local=None if None in local else tuple(local),  # type: ignore[arg-type]
     )
 
 

@@ -1,9 +1,10 @@
-"""FlashAttention-4: causal attention and windows by itself, any other mask through FlexAttention.
+"""FlashAttention-4: causal attention in windows and groups by itself, any other mask through FlexAttention.
 
 Shape legend: B batch, H query heads, K key-value heads, L queries, S keys, D head dim, T = B·L tokens.
 """
 
 from importlib.util import find_spec
+from itertools import groupby
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -14,20 +15,20 @@ from lctrain.kernels.base import HALF, Demand
 from lctrain.kernels.block_mask import BLOCK
 from lctrain.kernels.few_queries import FEW
 from lctrain.kernels.flex import FlexKernel
-from lctrain.kernels.mask import Mask
+from lctrain.kernels.mask import Local, Mask
 
 HOPPER = 9  # compute capability; others are not tested here
 HEAD_DIMS = (64, 96, 128, 256)  # forward and backward were compared with the reference for these
 
 
-class Window(NamedTuple):
-    """Causal attention, `size` tokens back, None for all; `cu_seqlens` are where documents begin, of T tokens.
+class Run(NamedTuple):
+    """Neighbouring heads that are local alike. `cu_seqlens` are where groups and documents begin, of T tokens."""
 
-    The last query is the last key's, where there are fewer.
-    """
-
-    size: int | None
-    cu_seqlens: Tensor | None
+    num_heads: int
+    num_key_value_heads: int
+    window: int | None
+    cu_seqlens: Tensor | None  # None where rows are whole
+    max_length: int
 
 
 class FlashKernel(FlexKernel):
@@ -53,38 +54,71 @@ class FlashKernel(FlexKernel):
         return None
 
     def prepare(self, mask: Mask) -> Any:
-        if mask.window is None or (mask.q_length < FEW and not mask.square):
-            return super().prepare(mask)
-        size = mask.window if mask.window < mask.kv_length else None
-        return Window(size, None if mask.documents is None else _cu_seqlens(mask.documents[0]))
+        few = mask.q_length < FEW and not mask.square
+        runs = None if mask.local is None or few else _runs(mask, mask.local)
+        return super().prepare(mask) if runs is None else runs
 
     def attend(
         self, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, prepared: Any, *, scaling: float, softcap: float | None
     ) -> Tensor:
-        if not isinstance(prepared, Window):
+        if not isinstance(prepared, list):
             return super().attend(q_BHLD, k_BKSD, v_BKSD, prepared, scaling=scaling, softcap=softcap)
-        from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
-
-        q, k, v = (x.transpose(1, 2) for x in (q_BHLD, k_BKSD, v_BKSD))
-        size = (None if prepared.size is None else prepared.size - 1, 0)
-        if prepared.cu_seqlens is None:
-            out_BLHD, _ = flash_attn_func(q, k, v, softmax_scale=scaling, causal=True, window_size=size)
-        else:
-            starts, length = prepared.cu_seqlens, q.shape[1]  # no document is longer than a row
-            out_THD, _ = flash_attn_varlen_func(
-                *(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=length,
-                max_seqlen_k=length, softmax_scale=scaling, causal=True, window_size=size,
-            )  # fmt: skip
-            out_BLHD = out_THD.unflatten(0, q.shape[:2])
-        out: Tensor = out_BLHD.transpose(1, 2)
-        return out
+        if len(prepared) == 1:  # which may stand for heads of any number
+            return _attend(prepared[0], q_BHLD, k_BKSD, v_BKSD, scaling)
+        heads, kv_heads = ([run.num_heads for run in prepared], [run.num_key_value_heads for run in prepared])
+        parts = zip(prepared, q_BHLD.split(heads, 1), k_BKSD.split(kv_heads, 1), v_BKSD.split(kv_heads, 1), strict=True)
+        return torch.cat([_attend(*part, scaling).transpose(1, 2) for part in parts], dim=2).transpose(1, 2)
 
     def kv_block(self, head_dim: int) -> int:
         """What the kernel loads at once, which a block must equal."""
         return BLOCK if head_dim <= 128 else 64
 
 
-def _cu_seqlens(documents_RL: Tensor) -> Tensor:
-    """The index of each document's first token among those of all rows, and their number at the end."""
-    begins = F.pad(documents_RL.diff(dim=1) != 0, (1, 0), value=True).flatten()
+def _attend(run: Run, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scaling: float) -> Tensor:
+    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+
+    qkv = [x.transpose(1, 2) for x in (q_BHLD, k_BKSD, v_BKSD)]
+    window = (None if run.window is None else run.window - 1, 0)
+    if run.cu_seqlens is None:
+        out_BLHD, _ = flash_attn_func(*qkv, softmax_scale=scaling, causal=True, window_size=window)
+    else:
+        out_THD, _ = flash_attn_varlen_func(
+            *(x.flatten(0, 1) for x in qkv), cu_seqlens_q=run.cu_seqlens, cu_seqlens_k=run.cu_seqlens,
+            max_seqlen_q=run.max_length, max_seqlen_k=run.max_length,
+            softmax_scale=scaling, causal=True, window_size=window,
+        )  # fmt: skip
+        out_BLHD = out_THD.unflatten(0, qkv[0].shape[:2])
+    out: Tensor = out_BLHD.transpose(1, 2)
+    return out
+
+
+def _runs(mask: Mask, local: tuple[Local, ...]) -> list[Run] | None:
+    """None where heads that share a key-value head differ, and for groups of which only some queries are here."""
+    shared = mask.num_key_value_groups
+    by_kv_head = [local[i : i + shared] for i in range(0, len(local), shared)]
+    if any(len(set(heads)) > 1 for heads in by_kv_head):
+        return None
+    if not mask.square and any(one.group is not None for one in local):
+        return None
+    runs = []
+    for (own, *_), same in groupby(by_kv_head):
+        num = len(list(same))
+        length = mask.kv_length if own.group is None else min(own.group, mask.kv_length)
+        window = own.window if own.window is not None and own.window < length else None
+        runs.append(Run(num * shared, num, window, _cu_seqlens(mask, own), length))
+    return runs
+
+
+def _cu_seqlens(mask: Mask, local: Local) -> Tensor | None:
+    """The index of each group's or document's first token among those of all rows, and their number at the end."""
+    if mask.documents is None and local.group is None:
+        return None
+    index = torch.arange(mask.q_length, device=mask.device)[None]
+    begins = index == 0  # a row
+    if mask.documents is not None:
+        begins = begins | F.pad(mask.documents[0].diff(dim=1) != 0, (1, 0), value=True)
+    if local.group is not None:
+        position = index if mask.positions is None else mask.positions[0]
+        begins = begins | ((position + local.shift) % local.group == 0)
+    begins = begins.expand(mask.num_rows, -1).flatten()
     return F.pad(begins.nonzero()[:, 0], (0, 1), value=begins.numel()).to(torch.int32)

@@ -18,6 +18,22 @@ MaskMod = Callable[[Any, Any, Any, Any], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Local:
+    """Causal attention to the last `window` tokens, itself included, inside the group (position + shift) // group.
+
+    None is without bound. Kernels may know this by themselves, without a mask.
+    """
+
+    window: int | None = None
+    group: int | None = None
+    shift: int = 0
+
+    def is_causal(self, length: int) -> bool:
+        """Whether nothing but causality bounds it in rows of `length`."""
+        return self.group is None and (self.window is None or self.window >= length)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mask:
     """Who attends to whom in one forward: what `allowed` and `visible` both say, inside a document."""
 
@@ -34,8 +50,9 @@ class Mask:
     kv_offset: int = 0
     positions: tuple[Tensor, Tensor] | None = None  # of queries [R, L] and keys [R, S]; None: the index in the row
     documents: tuple[Tensor, Tensor] | None = None  # their numbers, likewise; None: a row is one document
-    # Where all of it is just causal in each document: this many tokens back with itself. Queries are the last tokens.
-    window: int | None = None
+    num_rows: int = 1
+    # All of it, of each of the heads, where they are nothing but local. Queries are the last tokens.
+    local: tuple[Local, ...] | None = None
 
     @property
     def batch(self) -> int:
@@ -45,7 +62,8 @@ class Mask:
     @property
     def causal(self) -> bool:
         """Whether it is plain causal attention over rows of one document, whose last tokens are the queries."""
-        return self.window is not None and self.window >= self.kv_length and self.documents is None
+        local = self.local
+        return local is not None and all(one.is_causal(self.kv_length) for one in local) and self.documents is None
 
     @property
     def square(self) -> bool:

@@ -1,5 +1,6 @@
 """What holds for every method, seen through a whole model."""
 
+import itertools
 import runpy
 from functools import partial
 from pathlib import Path
@@ -123,15 +124,15 @@ def check_bounds(pattern, layout, documents):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_window_that_kernels_are_told_is_the_pattern(method_of, name):
+def test_what_kernels_are_told_of_a_head_is_the_pattern(method_of, name):
     i = torch.arange(40)
-    for pattern, layer in patterns(method_of(name)):
-        if (window := pattern.window(layout_of(layer))) is not None:
-            visible = pattern.visible(layout_of(layer))(torch.tensor(0), torch.arange(4)[:, None, None], i[:, None], i)
+    for (pattern, layer), head in itertools.product(patterns(method_of(name)), range(4)):
+        if (local := pattern.local(layout_of(layer), head)) is not None:
+            visible = pattern.visible(layout_of(layer))(torch.tensor(0), torch.tensor(head), i[:, None], i)
+            near = i[:, None] - i < (local.window or 40)
+            group = (i + local.shift) // (local.group or 40 + local.shift)
             causal = i <= i[:, None]
-            assert torch.equal(
-                (visible & causal).expand(4, 40, 40), (causal & (i[:, None] - i < window)).expand(4, 40, 40)
-            )
+            assert torch.equal((visible & causal).expand(40, 40), near & (group[:, None] == group) & causal)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_a_pattern_without_bounds(kernel):
     bucket = torch.randint(0, 50, (1000,), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     mask = row_mask(METHODS["full"], 1000, SHAPES["128"], [1000], "cuda")
     visible = lambda b, h, q, k: (bucket[q] == bucket[k]) | (q - k < 9)  # noqa: E731
-    check(kernel, replace(mask, visible=visible, window=None), SHAPES["128"])
+    check(kernel, replace(mask, visible=visible, local=None), SHAPES["128"])
 
 
 @pytest.mark.parametrize("kernel", ["flash", "flex"])
