@@ -193,5 +193,6 @@ def forget(device: torch.device) -> None:
     """What nobody holds any more is free, and peaks are counted anew."""
     gc.collect()
     if device.type == "cuda":
+        torch.cuda.init()  # which a peak that nobody has asked for yet needs
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -33,7 +33,7 @@ def block_mask(mask: Mask, kv_block: int = BLOCK) -> BlockMask:
         )  # fmt: skip
     while prod(_shape(mask, sizes)) > MAX_GRID:
         sizes = (sizes[0] * 2, kv_block)
-    while (excess := _list_bytes(grid := _grid(mask, sizes)) / MAX_LIST_BYTES) > 1:
+    while (excess := _list_bytes(grid := _grid(mask, sizes)) / MAX_LIST_BYTES) > 1 and sizes[0] < mask.q_length:
         sizes = (sizes[0] * 2 ** ceil(log2(excess)), kv_block)
     keys, queries = _lists(grid), _lists(grid.mT)
     lengths = (mask.q_length, mask.kv_length)

@@ -22,11 +22,12 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _compiled() -> Any:
-    return torch.compile(_quantize, dynamic=True)  # one pass over memory instead of five
+    return torch.compile(_quantize, dynamic=True, fullgraph=True)  # one pass over memory instead of five
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """(values in fp8, fp32 scales [N, 1]) of the rows of `x`."""
+    x = x.detach()  # not a view any more: torch.compile compiles anew for each shape that is viewed
     quantized: tuple[Tensor, Tensor] = (_compiled() if x.is_cuda else _quantize)(x)
     return quantized
 

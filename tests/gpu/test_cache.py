@@ -26,14 +26,18 @@ POLICIES = {
 }
 
 
-@pytest.fixture
-def model():
+def random_model(**changes):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=512, intermediate_size=256, num_hidden_layers=3, num_attention_heads=8,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, bos_token_id=0, eos_token_id=1,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, bos_token_id=0, eos_token_id=1, **changes,
     )  # fmt: skip
     return LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+
+
+@pytest.fixture
+def model():
+    return random_model()
 
 
 @pytest.fixture
@@ -79,8 +83,9 @@ def test_positions_in_the_cache_on_a_doubled_head(model, tokens, kernel):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_graphs_decode_what_a_step_decodes(model, tokens, policy):
+def test_graphs_decode_what_a_step_decodes(tokens, policy):
     """To the bit: the same kernels on the same numbers."""
+    model = random_model(initializer_range=0.1)  # says something else each time; with less it soon repeats itself
     on(model, "flex")
     decoded = []
     for graphs in (False, True):
@@ -89,7 +94,7 @@ def test_graphs_decode_what_a_step_decodes(model, tokens, policy):
         step = GreedyDecoder(model, cache, tokens[:, -1:], graphs=graphs)
         decoded.append(torch.cat([step().clone() for _ in range(40)], dim=1))
     assert torch.equal(*decoded)
-    assert decoded[0].unique().numel() > 2
+    assert decoded[0].unique().numel() > 10
 
 
 @pytest.mark.parametrize("kernel", ["flash", "cudnn"])

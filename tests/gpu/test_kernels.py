@@ -101,10 +101,10 @@ def test_a_pattern_without_bounds(kernel):
 @pytest.mark.parametrize("kernel", ["flash", "flex"])
 def test_larger_blocks_of_queries(kernel, monkeypatch):
     """As at a million tokens, where lists of keys would be too large."""
-    monkeypatch.setattr("lctrain.kernels.block_mask.MAX_LIST_BYTES", 2**10)
+    monkeypatch.setattr("lctrain.kernels.block_mask.MAX_LIST_BYTES", 3600)  # of 4096 by blocks of 128
     kernel_for(kernel, SHAPES["128"])
-    mask = row_mask(METHODS["shifted_sparse"], 2000, SHAPES["128"], [2000], "cuda")
-    assert KERNELS[kernel]().prepare(mask).BLOCK_SIZE[0] > 128
+    mask = replace(row_mask(METHODS["shifted_sparse"], 2000, SHAPES["128"], [2000], "cuda"), local=None)
+    assert KERNELS[kernel]().prepare(mask).BLOCK_SIZE[0] == 256
     check(kernel, mask, SHAPES["128"])
 
 
