@@ -59,11 +59,16 @@ class Store(ABC):
         self.values: Tensor | None = None
 
     @abstractmethod
-    def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, start: int, forward: Forward) -> Tensor:
+    def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, start: int | Tensor, forward: Forward) -> Tensor:
         """[B, H, L, D] of new queries over what was kept and the new keys; keeps of those what later ones need.
 
-        `start` is how many tokens of the row came before.
+        `start` is how many tokens of the row came before; a number [1] on the device for one token and a store that
+        `is_steady`.
         """
+
+    def is_steady(self, start: int) -> bool:
+        """Whether storing and attending one token is the same work for so many tokens before and any more."""
+        return False
 
     @property
     def keeps_all(self) -> bool:

@@ -24,7 +24,8 @@ class AllKeys(Store):
         super().__init__()
         self._reserve = reserve or 0
 
-    def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, start: int, forward: Forward) -> Tensor:
+    def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, start: int | Tensor, forward: Forward) -> Tensor:
+        assert isinstance(start, int)
         stop = start + k_BKLD.shape[2]
         self.keys = self._with_room(self.keys, k_BKLD, start, stop)
         self.values = self._with_room(self.values, v_BKLD, start, stop)

@@ -6,7 +6,6 @@ Shape legend: B batch, H query heads, K key-value heads, L new tokens, D head di
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,10 +16,24 @@ from transformers.cache_utils import CacheLayerMixin
 from lctrain.cache.base import Forward, Store
 from lctrain.errors import InputError
 
-Around = Callable[[Callable[[], Tensor], Tensor], Tensor]
-"""(attend, queries) -> what `attend()` returns: how a layer's storing and attending is run."""
 
-around: ContextVar[Around | None] = ContextVar("around", default=None)
+class Attend(NamedTuple):
+    """What one store does in a forward, once it is told how many tokens came before."""
+
+    store: Store
+    q_BHLD: Tensor
+    k_BKLD: Tensor
+    v_BKLD: Tensor
+    forward: Forward
+
+    def __call__(self, start: int | Tensor) -> Tensor:
+        return self.store.attend(self.q_BHLD, self.k_BKLD, self.v_BKLD, start, self.forward)
+
+
+Runner = Callable[["CacheLayer", int, list[Attend]], list[Tensor]]
+
+runner: ContextVar[Runner] = ContextVar("runner", default=lambda layer, start, parts: [part(start) for part in parts])
+"""How a layer's stores are run, which has so many tokens already."""
 
 
 class Fresh(NamedTuple):
@@ -66,28 +79,18 @@ class CacheLayer(CacheLayerMixin):
 
     def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, forward: Forward) -> Tensor:
         """[B, H, L, D]; the new keys are kept from here on."""
-        attend = partial(self._attend, q_BHLD, k_BKLD, v_BKLD, forward)
-        return attend() if (wrap := around.get()) is None else wrap(attend, q_BHLD)
-
-    def _attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, forward: Forward) -> Tensor:
         start, self.length = self.length, self.length + k_BKLD.shape[2]
         if len(self.parts) == 1:
-            return self.parts[0].store.attend(q_BHLD, k_BKLD, v_BKLD, start, forward)
-        q_BKGLD = q_BHLD.unflatten(1, (k_BKLD.shape[1], -1))
-        out_BKGLD = torch.empty_like(q_BKGLD)
-        # On a card, streaming heads decode on a stream of their own, while retrieval heads read their many keys.
-        side = _side_stream(k_BKLD.device) if k_BKLD.is_cuda and k_BKLD.shape[2] == 1 else None
-        if side is not None:
-            side.wait_stream(torch.cuda.current_stream(k_BKLD.device))
+            return runner.get()(self, start, [Attend(self.parts[0].store, q_BHLD, k_BKLD, v_BKLD, forward)])[0]
+        q_BKGLD, chosen, calls = q_BHLD.unflatten(1, (k_BKLD.shape[1], -1)), list[Tensor](), list[Attend]()
         for part in self.parts:
             assert part.heads is not None
-            heads = part.heads.to(k_BKLD.device)
-            with torch.cuda.stream(None if part.store.keeps_all else side):
-                q, k, v = (x.index_select(1, heads) for x in (q_BKGLD, k_BKLD, v_BKLD))
-                out = part.store.attend(q.flatten(1, 2), k, v, start, forward)
-                out_BKGLD.index_copy_(1, heads, out.unflatten(1, (heads.numel(), -1)))
-        if side is not None:
-            torch.cuda.current_stream(k_BKLD.device).wait_stream(side)
+            chosen.append(part.heads.to(k_BKLD.device))
+            q, k, v = (x.index_select(1, chosen[-1]) for x in (q_BKGLD, k_BKLD, v_BKLD))
+            calls.append(Attend(part.store, q.flatten(1, 2), k, v, forward))
+        out_BKGLD = torch.empty_like(q_BKGLD)
+        for heads, out in zip(chosen, runner.get()(self, start, calls), strict=True):
+            out_BKGLD.index_copy_(1, heads, out.unflatten(1, (heads.numel(), -1)))
         return out_BKGLD.flatten(1, 2)
 
     def get_seq_length(self) -> int:
@@ -139,11 +142,6 @@ class CacheLayer(CacheLayerMixin):
         if store.keys is not None and store.values is not None:
             rows = rows.to(store.keys.device)
             store.keys, store.values = store.keys[rows], store.values[rows]
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 def is_installed(model: PreTrainedModel) -> bool:

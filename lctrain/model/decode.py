@@ -1,8 +1,9 @@
 """Greedy decoding a token at a time, with little work for the host.
 
 A decoding step of an 8B model is more than a thousand short kernels, and Python launches them more slowly than a card
-runs them. All that does not depend on how many tokens there are is captured in CUDA graphs, a piece from each layer's
-attention to the next; storing keys and attending run between the pieces as they always do.
+runs them. All that is the same for any number of tokens is captured in CUDA graphs. Keys that grow with the text are
+stored and attended between two graphs as they always are; stores that forget run beside that, in a graph on a stream of
+their own.
 
 Shape legend: B batch, H query heads, D head dim.
 """
@@ -14,16 +15,24 @@ import torch
 from torch import Tensor, cuda
 from transformers import Cache, PreTrainedModel
 
-from lctrain.cache.layer import CacheLayer, around
+from lctrain.cache.layer import Attend, CacheLayer, runner
 from lctrain.errors import InputError
 
 
+class _Growing(NamedTuple):
+    """What is run for a layer behind its graph; the next graph finds the results in `outs`."""
+
+    layer: CacheLayer
+    parts: list[Attend]
+    outs: list[Tensor]
+    beside: cuda.CUDAGraph | None
+
+
 class _Piece(NamedTuple):
-    """A graph, and the attention behind it, none behind the last; the next graph finds its result in `out`."""
+    """A graph, and a layer's growing stores, none behind the last."""
 
     graph: cuda.CUDAGraph
-    attend: Callable[[], Tensor] | None
-    out_BHLD: Tensor | None
+    growing: _Growing | None
 
 
 class GreedyDecoder:
@@ -40,6 +49,7 @@ class GreedyDecoder:
         self._ids_B1 = last_ids_B1.clone()
         self._positions_11 = torch.full((1, 1), cache.get_seq_length(), device=last_ids_B1.device)
         self._stream = cuda.Stream() if graphs else None
+        self._side = cuda.Stream() if graphs else None
         self._is_warm = False
         self._pieces: list[_Piece] = []
 
@@ -51,11 +61,26 @@ class GreedyDecoder:
             return self._ids_B1
         if not self._pieces:
             self._on_stream(self._capture)
-        for graph, attend, out_BHLD in self._pieces:
+        for layer in self._cache.layers:
+            assert isinstance(layer, CacheLayer)
+            layer.length += 1
+        for graph, growing in self._pieces:
             graph.replay()
-            if attend is not None and out_BHLD is not None:
-                out_BHLD.copy_(attend())
+            if growing is not None:
+                self._attend(growing)
         return self._ids_B1
+
+    def _attend(self, growing: _Growing) -> None:
+        main = cuda.current_stream()
+        assert self._side is not None
+        if growing.beside is not None:
+            self._side.wait_stream(main)
+            with cuda.stream(self._side):
+                growing.beside.replay()
+        for part, out_BHLD in zip(growing.parts, growing.outs, strict=True):
+            out_BHLD.copy_(part(growing.layer.length - 1))
+        if growing.beside is not None:
+            main.wait_stream(self._side)
 
     def _step(self) -> None:
         out: Any = self._model(
@@ -79,23 +104,37 @@ class GreedyDecoder:
         cuda.current_stream().wait_stream(self._stream)
 
     def _capture(self) -> None:
-        """One forward that computes nothing: kernels go into graphs, attention is put off."""
+        """One forward that computes nothing: what is steady goes into graphs, what grows is put off."""
         pool = cuda.graph_pool_handle()
-        graph = cuda.CUDAGraph()
 
-        def put_off(attend: Callable[[], Tensor], q_BHLD: Tensor) -> Tensor:
+        def begin() -> cuda.CUDAGraph:
+            started = cuda.CUDAGraph()
+            started.capture_begin(pool=pool, capture_error_mode="thread_local")
+            return started
+
+        graph = begin()
+
+        def run(layer: CacheLayer, start: int, parts: list[Attend]) -> list[Tensor]:
             nonlocal graph
+            layer.length = start  # nothing was stored
+            growing = [part for part in parts if not part.store.is_steady(start)]
+            steady = [part for part in parts if part.store.is_steady(start)]
+            if not growing:
+                return [part(self._positions_11[0]) for part in steady]
             graph.capture_end()
-            self._pieces.append(_Piece(graph, attend, torch.empty_like(q_BHLD)))
-            graph = cuda.CUDAGraph()
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            return self._pieces[-1].out_BHLD  # type: ignore[return-value]
+            beside = begin() if steady else None
+            outs = {id(part): part(self._positions_11[0]) for part in steady}
+            if beside is not None:
+                beside.capture_end()
+            outs |= {id(part): torch.empty_like(part.q_BHLD) for part in growing}
+            self._pieces.append(_Piece(graph, _Growing(layer, growing, [outs[id(part)] for part in growing], beside)))
+            graph = begin()
+            return [outs[id(part)] for part in parts]
 
-        token = around.set(put_off)
+        token = runner.set(run)
         try:
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             self._step()
             graph.capture_end()
         finally:
-            around.reset(token)
-        self._pieces.append(_Piece(graph, None, None))
+            runner.reset(token)
+        self._pieces.append(_Piece(graph, None))
