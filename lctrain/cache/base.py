@@ -6,6 +6,7 @@ Shape legend: B batch, H query heads, K key-value heads, L new tokens, S all tok
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from lctrain.errors import InputError
 from lctrain.kernels.base import Kernel
+from lctrain.kernels.one_query import Buffer
 
 
 class CachePolicy(ABC):
@@ -45,6 +47,7 @@ class Forward:
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]  # (q, all keys, all values) by the installed method
     kernel: Kernel
     scaling: float
+    plain: bool  # each query sees every key up to its own, without a softcap
     shared: dict[Any, Any]  # by all layers of the forward: what was prepared for one serves the others
 
 
@@ -59,16 +62,20 @@ class Store(ABC):
         self.values: Tensor | None = None
 
     @abstractmethod
-    def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, start: int | Tensor, forward: Forward) -> Tensor:
+    def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, start: int, forward: Forward) -> Tensor:
         """[B, H, L, D] of new queries over what was kept and the new keys; keeps of those what later ones need.
 
-        `start` is how many tokens of the row came before; a number [1] on the device for one token and a store that
-        `is_steady`.
+        `start` is how many tokens of the row came before.
         """
 
-    def is_steady(self, start: int) -> bool:
-        """Whether storing and attending one token is the same work for so many tokens before and any more."""
-        return False
+    def buffer(self, like_BKLD: Tensor, start: int) -> Buffer | None:
+        """With room for one token behind so many; None where a token takes more than to be stored and see all."""
+        return None
+
+    @property
+    def room(self) -> float:
+        """How many tokens fit before a buffer must grow."""
+        return inf
 
     @property
     def keeps_all(self) -> bool:

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from lctrain.cache.base import CachePolicy, Forward, Store
 from lctrain.cache.layer import CacheLayer, Part, is_installed
+from lctrain.kernels.one_query import Buffer
 
 MIN_ROOM = 64  # tokens: the least that a full buffer grows by
 
@@ -24,13 +25,20 @@ class AllKeys(Store):
         super().__init__()
         self._reserve = reserve or 0
 
-    def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, start: int | Tensor, forward: Forward) -> Tensor:
-        assert isinstance(start, int)
+    def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, start: int, forward: Forward) -> Tensor:
         stop = start + k_BKLD.shape[2]
-        self.keys = self._with_room(self.keys, k_BKLD, start, stop)
-        self.values = self._with_room(self.values, v_BKLD, start, stop)
-        self.keys[:, :, start:stop], self.values[:, :, start:stop] = k_BKLD, v_BKLD
-        return forward.attend(q_BHLD, self.keys[:, :, :stop], self.values[:, :, :stop])
+        keys, values = self._buffers(k_BKLD, start, stop)
+        keys[:, :, start:stop], values[:, :, start:stop] = k_BKLD, v_BKLD
+        return forward.attend(q_BHLD, keys[:, :, :stop], values[:, :, :stop])
+
+    def buffer(self, like_BKLD: Tensor, start: int) -> Buffer:
+        keys, values = self._buffers(like_BKLD, start, start + 1)
+        return Buffer(keys, values, keys.shape[2] - 1)
+
+    def _buffers(self, like_BKLD: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        self.keys = self._with_room(self.keys, like_BKLD, start, stop)
+        self.values = self._with_room(self.values, like_BKLD, start, stop)
+        return self.keys, self.values
 
     def _with_room(self, buffer: Tensor | None, new_BKLD: Tensor, start: int, stop: int) -> Tensor:
         if buffer is not None and buffer.shape[2] >= stop:
@@ -40,6 +48,10 @@ class AllKeys(Store):
         if buffer is not None:
             larger[:, :, :start] = buffer[:, :, :start]
         return larger
+
+    @property
+    def room(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[2]
 
     @property
     def keeps_all(self) -> bool:

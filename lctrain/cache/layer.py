@@ -3,7 +3,7 @@
 Shape legend: B batch, H query heads, K key-value heads, L new tokens, D head dim.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -15,25 +15,10 @@ from transformers.cache_utils import CacheLayerMixin
 
 from lctrain.cache.base import Forward, Store
 from lctrain.errors import InputError
+from lctrain.kernels.one_query import Buffer, attend_one
 
-
-class Attend(NamedTuple):
-    """What one store does in a forward, once it is told how many tokens came before."""
-
-    store: Store
-    q_BHLD: Tensor
-    k_BKLD: Tensor
-    v_BKLD: Tensor
-    forward: Forward
-
-    def __call__(self, start: int | Tensor) -> Tensor:
-        return self.store.attend(self.q_BHLD, self.k_BKLD, self.v_BKLD, start, self.forward)
-
-
-Runner = Callable[["CacheLayer", int, list[Attend]], list[Tensor]]
-
-runner: ContextVar[Runner] = ContextVar("runner", default=lambda layer, start, parts: [part(start) for part in parts])
-"""How a layer's stores are run, which has so many tokens already."""
+before: ContextVar[Tensor | None] = ContextVar("before", default=None)
+"""While a step is captured: how many tokens came before, [1] on the device."""
 
 
 class Fresh(NamedTuple):
@@ -77,21 +62,61 @@ class CacheLayer(CacheLayerMixin):
             )
         return cast(Tensor, Fresh(self, key_states)), value_states
 
+    @property
+    def room(self) -> float:
+        """How many tokens fit before a buffer must grow."""
+        return min(part.store.room for part in self.parts)
+
     def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, forward: Forward) -> Tensor:
         """[B, H, L, D]; the new keys are kept from here on."""
+        captured, buffers = before.get(), self._buffers(k_BKLD, forward)
+        if captured is not None:
+            if buffers is None:
+                raise InputError("what this cache does with a token changes as the text grows; use graphs=False")
+            return self._attend_one(q_BHLD, k_BKLD, v_BKLD, buffers, captured, forward.scaling)
         start, self.length = self.length, self.length + k_BKLD.shape[2]
+        if buffers is not None and k_BKLD.is_cuda:  # one kernel instead of a dozen
+            if "before" not in forward.shared:
+                forward.shared["before"] = torch.full((1,), start, device=k_BKLD.device)
+            return self._attend_one(q_BHLD, k_BKLD, v_BKLD, buffers, forward.shared["before"], forward.scaling)
         if len(self.parts) == 1:
-            return runner.get()(self, start, [Attend(self.parts[0].store, q_BHLD, k_BKLD, v_BKLD, forward)])[0]
-        q_BKGLD, chosen, calls = q_BHLD.unflatten(1, (k_BKLD.shape[1], -1)), list[Tensor](), list[Attend]()
+            return self.parts[0].store.attend(q_BHLD, k_BKLD, v_BKLD, start, forward)
+        q_BKGLD = q_BHLD.unflatten(1, (k_BKLD.shape[1], -1))
+        out_BKGLD = torch.empty_like(q_BKGLD)
         for part in self.parts:
             assert part.heads is not None
-            chosen.append(part.heads.to(k_BKLD.device))
-            q, k, v = (x.index_select(1, chosen[-1]) for x in (q_BKGLD, k_BKLD, v_BKLD))
-            calls.append(Attend(part.store, q.flatten(1, 2), k, v, forward))
-        out_BKGLD = torch.empty_like(q_BKGLD)
-        for heads, out in zip(chosen, runner.get()(self, start, calls), strict=True):
+            heads = part.heads.to(k_BKLD.device)
+            q, k, v = (x.index_select(1, heads) for x in (q_BKGLD, k_BKLD, v_BKLD))
+            out = part.store.attend(q.flatten(1, 2), k, v, start, forward)
             out_BKGLD.index_copy_(1, heads, out.unflatten(1, (heads.numel(), -1)))
         return out_BKGLD.flatten(1, 2)
+
+    def _buffers(self, k_BKLD: Tensor, forward: Forward) -> list[Buffer] | None:
+        """Where one token is stored, and all that it sees; None where it is not as simple as that."""
+        if k_BKLD.shape[2] != 1 or not forward.plain:
+            return None
+        buffers = []
+        for part in self.parts:
+            heads = None if part.heads is None else part.heads.to(k_BKLD.device)
+            like_BKLD = k_BKLD if heads is None else k_BKLD[:, : heads.numel()]
+            if (buffer := part.store.buffer(like_BKLD, self.length)) is None:
+                return None
+            buffers.append(buffer._replace(heads=heads))
+        return buffers
+
+    def _attend_one(
+        self,
+        q_BHLD: Tensor,
+        k_BKLD: Tensor,
+        v_BKLD: Tensor,
+        buffers: list[Buffer],
+        before_1: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        out_BHLD = torch.empty_like(q_BHLD)
+        for buffer in buffers:
+            attend_one(q_BHLD, k_BKLD, v_BKLD, buffer, before_1, out_BHLD, scaling)
+        return out_BHLD
 
     def get_seq_length(self) -> int:
         return self.length

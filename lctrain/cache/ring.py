@@ -20,6 +20,7 @@ from lctrain.kernels import few_queries
 from lctrain.kernels.base import Demand
 from lctrain.kernels.few_queries import attend_few
 from lctrain.kernels.mask import Mask
+from lctrain.kernels.one_query import Buffer
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,6 @@ class Slots:
         newest = num_tokens_R1 - 1 - (num_tokens_R1 - 1 - slot) % self.num_recent
         position = torch.where(slot < self.num_sinks, slot, newest)
         return torch.where((position >= slot) & (position < num_tokens_R1), position, -1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    """What all layers have in common where one token comes."""
-
-    start: int | Tensor  # how many came before
-    slot_1: Tensor
-    held: int  # slots in use with it
-    shift_11: Tensor | None  # how much nearer sinks are in the cache than in the text, where something was forgotten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +79,17 @@ class Ring(Store):
         self._slots = slots
         self._rotation = rotation
 
-    def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, start: int | Tensor, forward: Forward) -> Tensor:
+    def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, start: int, forward: Forward) -> Tensor:
         if q_BHLD.shape[2] == 1 and forward.tokens_BS is None:
-            return self._attend_one(q_BHLD, k_BKLD, v_BKLD, start, forward)
-        assert isinstance(start, int)
+            return self._attend_one(q_BHLD, k_BKLD, v_BKLD, start, forward.scaling)
         outs = []
         for piece in _pieces(q_BHLD.shape[2]):
             q, k, v = (x[:, :, piece].contiguous() for x in (q_BHLD, k_BKLD, v_BKLD))
             outs.append(self._attend_piece(q, k, v, start + piece.start, forward))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
-    def is_steady(self, start: int) -> bool:
-        return start >= self._slots.number
+    def buffer(self, like_BKLD: Tensor, start: int) -> Buffer | None:
+        return None if self._rotation is not None else Buffer(*self._buffers(like_BKLD), self._slots.num_sinks)
 
     def _buffers(self, like_BKLD: Tensor) -> tuple[Tensor, Tensor]:
         if self.keys is None or self.values is None:
@@ -107,30 +97,17 @@ class Ring(Store):
             self.keys, self.values = like_BKLD.new_zeros(shape), like_BKLD.new_zeros(shape)
         return self.keys, self.values
 
-    def _attend_one(
-        self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, start: int | Tensor, forward: Forward
-    ) -> Tensor:
+    def _attend_one(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, start: int, scaling: float) -> Tensor:
         """Once it is stored, a token sees all that is there, in whatever order."""
-        place = self._place(start, k_BKLD.device, forward)
+        slot, held = int(self._slots.of(torch.tensor(start))), min(start + 1, self._slots.number)
         keys_BKND, values_BKND = self._buffers(k_BKLD)
-        for kept, new in ((keys_BKND, k_BKLD), (values_BKND, v_BKLD)):
-            kept.index_copy_(2, place.slot_1, new)
-        k, v = keys_BKND[:, :, : place.held], values_BKND[:, :, : place.held]
-        if self._rotation is not None and place.shift_11 is not None:
-            sinks = self._rotation(k[:, :, : self._slots.num_sinks], place.shift_11)
+        keys_BKND[:, :, slot : slot + 1], values_BKND[:, :, slot : slot + 1] = k_BKLD, v_BKLD
+        k, v = keys_BKND[:, :, :held], values_BKND[:, :, :held]
+        if self._rotation is not None and start + 1 > held:
+            shift = torch.full((1, 1), start + 1 - held, device=k.device)
+            sinks = self._rotation(k[:, :, : self._slots.num_sinks], shift)
             k = torch.cat((sinks, k[:, :, self._slots.num_sinks :]), dim=2)
-        return attend_few(q_BHLD, k, v, None, forward.scaling)
-
-    def _place(self, start: int | Tensor, device: torch.device, forward: Forward) -> _Place:
-        place: _Place | None = forward.shared.get((self._slots, "place"))
-        if place is None or (isinstance(start, int) and place.start != start):
-            before_1 = start if isinstance(start, Tensor) else torch.full((1,), start, device=device)
-            held = self._slots.number if isinstance(start, Tensor) else min(start + 1, self._slots.number)
-            forgets = isinstance(start, Tensor) or start >= held
-            shift_11 = (before_1 + 1 - held)[None] if forgets else None
-            place = _Place(start=start, slot_1=self._slots.of(before_1), held=held, shift_11=shift_11)
-            forward.shared[self._slots, "place"] = place
-        return place
+        return attend_few(q_BHLD, k, v, None, scaling)
 
     def _attend_piece(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, start: int, forward: Forward) -> Tensor:
         """Each token sees its own sinks and window, among what was kept and what is new."""

@@ -137,7 +137,7 @@ class _Installed:
             return self.method.attend(module, q, k, v, layout, run)
 
         if isinstance(k_BKSD, Fresh):
-            return self._cached(attention, q_BHLD, k_BKSD, v_BKSD, mask, scaling).transpose(1, 2), None
+            return self._cached(attention, q_BHLD, k_BKSD, v_BKSD, mask, scaling, softcap).transpose(1, 2), None
         if self.ulysses is None:
             return attention(q_BHLD, k_BKSD, v_BKSD).transpose(1, 2), None
         return self.ulysses.attend(attention, q_BHLD, k_BKSD, v_BKSD).transpose(1, 2), None
@@ -150,17 +150,21 @@ class _Installed:
         v_BKLD: Tensor,
         mask: _Mask,
         scaling: float,
+        softcap: float | None,
     ) -> Tensor:
         """The layer's cache keeps the new keys and attends, by this method where it keeps them all."""
         if not fresh.layer.keeps_all and not isinstance(self.method, FullAttention):
             raise InputError(f"this cache decides itself what heads see, instead of {self.method}; use attention=full")
         if self.ulysses is not None:
             raise InputError("sequence parallelism is for training: it has no cache")
+        causal = mask.mask_function is causal_mask_function and mask.padding_BS is None
+        plain = causal and softcap is None and isinstance(self.method, FullAttention)
         forward = Forward(
             tokens_BS=mask.padding_BS,
             attend=attention,
             kernel=self.kernel,
             scaling=scaling,
+            plain=plain,
             shared=mask.prepared,
         )
         return fresh.layer.attend(q_BHLD, fresh.keys, v_BKLD, forward)

@@ -1,4 +1,4 @@
-"""Graphs hold what a step is made of, but for keys that grow; recordings of torch's operations stand for them."""
+"""A graph holds a whole step; a recording of torch's operations stands for it."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -10,6 +10,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from lctrain.attention.full import FullAttention
+from lctrain.attention.sliding_window import SlidingWindowAttention
+from lctrain.cache import full
 from lctrain.cache.base import prefill
 from lctrain.cache.duo import DuoCache
 from lctrain.cache.full import FullCache
@@ -21,19 +23,18 @@ from lctrain.model.decode import GreedyDecoder
 from lctrain.model.install import install
 
 PATTERN = HeadPattern.from_gates([[0.9, 0.1], [0.2, 0.3]], threshold=0.5, num_sink_tokens=2, recent_size=5)
-POLICIES = [  # and their graphs: one more than layers that grow, and one beside each of those that also forgets
-    (FullCache(), 3),
-    (DuoCache(pattern=PATTERN, positions="text"), 3),
-    (DuoCache(pattern=PATTERN, positions="cache"), 3),
-    (StreamingCache(num_sink_tokens=2, recent_size=5, positions="text"), 1),
-    (StreamingCache(num_sink_tokens=2, recent_size=20, positions="text"), 3),
+POLICIES = [
+    FullCache(),
+    DuoCache(pattern=PATTERN, positions="text"),
+    StreamingCache(num_sink_tokens=2, recent_size=5, positions="text"),
+    StreamingCache(num_sink_tokens=2, recent_size=20, positions="text"),
 ]
 
 
 class Recording(TorchDispatchMode):
     """As a CUDA graph: what is captured is not run, and always reads and writes the same tensors."""
 
-    def capture_begin(self, pool, capture_error_mode):
+    def capture_begin(self, capture_error_mode):
         self.calls = []
         self.__enter__()
 
@@ -73,7 +74,6 @@ def recordings(monkeypatch):
         Stream=lambda: stream,
         stream=lambda stream: nullcontext(),
         current_stream=lambda: stream,
-        graph_pool_handle=lambda: None,
     )
     monkeypatch.setattr(decode, "cuda", fake)
     return made
@@ -86,18 +86,45 @@ def model(tiny):
     return made
 
 
-@pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize(("policy", "num_graphs"), POLICIES)
-def test_decodes_as_generate(model, ids, recordings, policy, num_graphs, graphs):
-    tokens = ids(2, 12)
+def decoded(model, policy, tokens, num, graphs):
     cache = policy.new(model)
     prefill(model, tokens, None, cache, 5)
     step = GreedyDecoder(model, cache, tokens[:, -1:], graphs=graphs)
-    found = torch.cat([tokens, *(step().clone() for _ in range(10))], dim=1)
+    found = torch.cat([tokens, *(step().clone() for _ in range(num))], dim=1)
+    assert cache.get_seq_length() == found.shape[1] - 1
+    return found
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_decodes_as_generate(model, ids, recordings, policy, graphs):
+    tokens = ids(2, 12)
     how = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(found, model.generate(tokens, past_key_values=policy.new(model), **how))
-    assert len(recordings) == (num_graphs if graphs else 0)
-    assert cache.get_seq_length() == 21
+    expected = model.generate(tokens, past_key_values=policy.new(model), **how)
+    assert torch.equal(decoded(model, policy, tokens, 10, graphs), expected)
+    assert len(recordings) == (1 if graphs else 0)
+
+
+def test_captures_anew_when_a_buffer_grows(model, ids, recordings, monkeypatch):
+    monkeypatch.setattr(full, "MIN_ROOM", 4)
+    tokens = ids(1, 12)
+    expected = decoded(model, FullCache(), tokens, 16, False)
+    assert torch.equal(decoded(model, FullCache(), tokens, 16, True), expected)
+    assert len(recordings) > 1
+
+
+@pytest.mark.parametrize(
+    ("method", "policy"),
+    [
+        (FullAttention(), DuoCache(pattern=PATTERN, positions="cache")),
+        (SlidingWindowAttention(sliding_window=4), FullCache()),
+    ],
+)
+def test_what_changes_from_token_to_token_can_not_be_captured(tiny, ids, recordings, method, policy):
+    model = tiny("llama")
+    install(model, method)
+    with pytest.raises(InputError, match="changes as the text grows; use graphs=False"):
+        decoded(model, policy, ids(1, 12), 3, True)
 
 
 def test_a_cache_of_transformers_can_not_be_captured(model, ids):
