@@ -103,9 +103,10 @@ class _Bench:
         overhead: dict[str, float] = {}
         for name, policy in policies.items():  # kernels are compiled, for the shapes of a first and a later chunk
             self._read(name, policy, 2 * self._cfg.chunk_size)
+        fill = self._read if self._cfg.read else self._filled
         for length in sorted(self._cfg.lengths):
             for name, policy in policies.items():
-                row = self._read(name, policy, length)
+                row = fill(name, policy, length)
                 overhead[name] = row.peak_gib - row.kv_gib
                 yield row
         if self._cfg.longest:
@@ -199,11 +200,12 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     full, duo = ([row for row in rows if row["cache"] == name] for name in ("full", "duo"))
     compared = []
     for a, b in zip(full, duo, strict=False):
-        if a["filled"] == "random":
+        if a["length"] != b["length"]:
             compared.append({"longest": b["length"] / a["length"]})
             continue
         memory = {name: b[name] / a[name] for name in ("kv_gib", "peak_gib") if a[name]}
-        speed = {name: a[name] / b[name] for name in ("prefill_seconds", "decode_seconds", "eager_seconds")}
+        seconds = ("prefill_seconds", "decode_seconds", "eager_seconds")
+        speed = {name: a[name] / b[name] for name in seconds if a[name]}
         compared.append({"length": a["length"]} | memory | speed)
     return compared
 

@@ -1,5 +1,6 @@
 """On a card: the fast path of a step against the plain one, and its loss curve against the CPU and against fp32."""
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,9 @@ def test_heads_at_a_time_by_parts_of_fp8_matrices() -> None:
 
 
 def losses(run_dir: Path, num_steps: int, *overrides: str) -> torch.Tensor:
-    """Of every step of the tiny base on the standard library, rows of its own 512 tokens."""
-    own = [f"run_dir={run_dir}", f"datamodule.cache_dir={run_dir.parent}/tokens", "logger=none", "data=stdlib"]
+    """Of every step of the tiny base on a part of the standard library, rows of its own 512 tokens."""
+    own = [f"run_dir={run_dir}", f"datamodule.cache_dir={run_dir.parent}/tokens", "logger=none", "data=text"]
+    own.append(f"data.path={Path(asyncio.__file__).parent}")
     steps = [f"trainer.max_steps={num_steps}", "scheduler.num_warmup_steps=5", "sequence_length=512", "rope=none"]
     history = train(compose("train", [*own, *steps, *overrides])).history
     return torch.tensor([row["loss"] for row in history])
