@@ -87,13 +87,13 @@ def _measured(cfg: DictConfig, module: LongContextModule, way: Way, length: int)
 def _recipe(cfg: DictConfig, recipe: ModelRecipe, way: Way, device: torch.device, length: int) -> RandomModel:
     attention = way.attention(**{f.name: getattr(recipe.attention, f.name) for f in fields(DuoAttention)})
     random = RandomModel.like(recipe, device, sequence_length=length, attention=attention)
-    random.check([length], device.type)
-    if way is not WAYS[0]:
-        return replace(random, memory=EVERY_LAYER)
+    random.check_attention([length])
     row = OmegaConf.merge(cfg, {"sequence_length": length, "datamodule": {"micro_batch_size": 1}})
-    resolved = resolve(row, random, [length], device, 1)  # type: ignore[arg-type]
-    assert isinstance(resolved, RandomModel)
-    return resolved
+    own = way is WAYS[0]
+    settled = resolve(row, random, [length], device, 1) if own else replace(random, memory=EVERY_LAYER)  # type: ignore[arg-type]
+    assert isinstance(settled, RandomModel)
+    settled.check([length], device.type)
+    return settled
 
 
 def _rows(cfg: DictConfig, recipe: ModelRecipe, device: torch.device, length: int) -> list[Batch]:

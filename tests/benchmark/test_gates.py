@@ -12,7 +12,7 @@ from lctrain.errors import InputError
 
 DUO = [
     *("attention=duo", "attention.num_sink_tokens=2", "attention.recent_size=6", "attention.initial_gate=0.5"),
-    *("tuning=gates", "objective=duo", "lengths=[64]", "num_steps=1", "num_answer_tokens=8", "memory=checkpoint"),
+    *("tuning=gates", "objective=duo", "lengths=[64]", "num_steps=1", "num_answer_tokens=8"),
 ]
 
 
@@ -20,8 +20,9 @@ def run(folder, *overrides):
     main(compose("benchmark", ["what=gates", f"run_dir={folder}", *overrides]))
 
 
-def test_every_way_has_the_same_loss_and_gradients(tmp_path, capsys):
-    run(tmp_path, *DUO)
+@pytest.mark.parametrize("memory", ["checkpoint", "auto"])
+def test_every_way_has_the_same_loss_and_gradients(tmp_path, capsys, memory):
+    run(tmp_path, *DUO, f"memory={memory}")
     rows = json.loads((tmp_path / "gates.json").read_text())["rows"]
     assert [row["way"] for row in rows] == [way.name for way in WAYS]
     assert [len(row["seconds"]) for row in rows] == [1, 1, 1]

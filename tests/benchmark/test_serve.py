@@ -42,7 +42,9 @@ def test_caches_filled_with_random_numbers_take_as_much(tmp_path):
     read, filled = (run(tmp_path / str(read), f"serve.read={read}") for read in (True, False))
     assert [row["kv_gib"] for row in filled["rows"]] == [row["kv_gib"] for row in read["rows"]]
     assert {row["filled"] for row in filled["rows"]} == {"random"}
-    assert [sorted(ratio) for ratio in filled["ratios"]] == [["decode_seconds", "eager_seconds", "kv_gib", "length"]] * 2
+    assert [sorted(ratio) for ratio in filled["ratios"]] == [
+        ["decode_seconds", "eager_seconds", "kv_gib", "length"]
+    ] * 2
 
 
 def test_the_longest_is_shrunk_until_it_fits(monkeypatch):

@@ -90,11 +90,11 @@ def test_heads_at_a_time_by_parts_of_fp8_matrices() -> None:
     assert relative(parts[1], whole[1]) < 0.1
 
 
-def losses(run_dir: Path, num_steps: int, *overrides: str) -> torch.Tensor:
-    """Of every step of the tiny base on a part of the standard library, rows of its own 512 tokens."""
+def losses(run_dir: Path, num_steps: int, length: int, *overrides: str) -> torch.Tensor:
+    """Of every step of the tiny base on a part of the standard library, rows of `length` tokens."""
     own = [f"run_dir={run_dir}", f"datamodule.cache_dir={run_dir.parent}/tokens", "logger=none", "data=text"]
     own.append(f"data.path={Path(asyncio.__file__).parent}")
-    steps = [f"trainer.max_steps={num_steps}", "scheduler.num_warmup_steps=5", "sequence_length=512", "rope=none"]
+    steps = [f"trainer.max_steps={num_steps}", "scheduler.num_warmup_steps=5", f"sequence_length={length}", "rope=none"]
     history = train(compose("train", [*own, *steps, *overrides])).history
     return torch.tensor([row["loss"] for row in history])
 
@@ -114,9 +114,9 @@ def test_fifty_steps_are_those_of_the_cpu(tmp_path: Path, attention: str) -> Non
     """
     same = [*PATTERNS[attention], "tuning=full", "optimizer.lr=1e-4", "datamodule.micro_batch_size=1"]
     plain = ["trainer.accelerator=cpu", "kernel=reference", "model.dtype=float32"]
-    reference = losses(tmp_path / "cpu", 50, *same, *plain)
+    reference = losses(tmp_path / "cpu", 50, 256, *same, *plain)
     for dtype, tolerance in (("float32", 1e-3), ("bfloat16", 2e-2)):
-        fast = losses(tmp_path / dtype, 50, *same, "trainer.accelerator=gpu", f"model.dtype={dtype}")
+        fast = losses(tmp_path / dtype, 50, 256, *same, "trainer.accelerator=gpu", f"model.dtype={dtype}")
         torch.testing.assert_close(fast, reference, rtol=tolerance, atol=0)
 
 
@@ -126,7 +126,8 @@ def test_loss_curves_of_bf16_and_fp8_stay_within_one_percent(tmp_path: Path) -> 
     variants = {"fp32": ["model.dtype=float32"], "bf16": ["model.dtype=bfloat16"]}
     variants["fp8"] = [*variants["bf16"], "precision=fp8"]
     curves = {
-        name: losses(tmp_path / name, 200, *same, *changes).view(-1, 20).mean(1) for name, changes in variants.items()
+        name: losses(tmp_path / name, 200, 512, *same, *changes).view(-1, 20).mean(1)
+        for name, changes in variants.items()
     }
     torch.testing.assert_close(curves["bf16"], curves["fp32"], rtol=1e-2, atol=0)
     torch.testing.assert_close(curves["fp8"], curves["bf16"], rtol=1e-2, atol=0)
