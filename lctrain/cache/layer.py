@@ -93,7 +93,7 @@ class CacheLayer(CacheLayerMixin):
 
     def _buffers(self, k_BKLD: Tensor, forward: Forward) -> list[Buffer] | None:
         """Where one token is stored, and all that it sees; None where it is not as simple as that."""
-        if k_BKLD.shape[2] != 1 or not forward.plain:
+        if k_BKLD.shape[2] != 1 or not forward.plain or k_BKLD.requires_grad:  # that kernel has no backward
             return None
         buffers = []
         for part in self.parts:
