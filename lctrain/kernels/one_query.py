@@ -67,6 +67,8 @@ def reference(
         slot_1 = buffer.slot(before_1)
         buffer.keys.index_copy_(2, slot_1, k)
         buffer.values.index_copy_(2, slot_1, v)
-        seen = (torch.arange(buffer.num_slots, device=k.device) <= before_1)[None, None, None]
-        out = attend_few(q_BPGLD.flatten(1, 2), buffer.keys, buffer.values, seen, scaling)
+        seen_N = torch.arange(buffer.num_slots, device=k.device) <= before_1
+        # Slots that hold nothing yet may hold anything, NaN too.
+        k, v = (kept.where(seen_N[:, None], 0) for kept in (buffer.keys, buffer.values))
+        out = attend_few(q_BPGLD.flatten(1, 2), k, v, seen_N[None, None, None], scaling)
         out_BHLD.unflatten(1, (k_BKLD.shape[1], -1)).index_copy_(1, heads, out.view(q_BPGLD.shape))

@@ -79,6 +79,13 @@ def recordings(monkeypatch):
     return made
 
 
+@pytest.fixture(autouse=True)
+def nan_in_new_memory():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture
 def model(tiny):
     made = tiny("llama")
