@@ -1,6 +1,6 @@
 """Flash-Decoding (Dao et al., 2023) of one token for `one_query`: many programs share a head's keys.
 
-Shape legend: as in one_query; G query heads of a key-value head, S splits of its keys.
+Shape legend: as in one_query; G query heads of a key-value head.
 """
 
 from typing import Any
@@ -34,6 +34,7 @@ def _attend(  # type: ignore[no-untyped-def]
     b, p = row // num_kept, row % num_kept
     head = p if ALL_HEADS else tl.load(heads + p).to(tl.int32)
     position = tl.load(before).to(tl.int32)
+    # As one_query.slot_of; a remainder truncated towards zero gives the same.
     slot = tl.minimum(position, num_sinks + (position - num_sinks) % num_turns)
     held = tl.minimum(position + 1, num_sinks + num_turns)
     share = tl.cdiv(tl.cdiv(held, BLOCK), splits) * BLOCK
@@ -111,12 +112,12 @@ def launch(
     splits = _splits(num_rows * num_kept, num_slots, q.device)
     num_parts = num_rows * q_BHLD.shape[1] * splits
     parts, lse = (q.new_empty(num_parts, n, dtype=torch.float32) for n in (width, 1))
-    heads = before_1 if buffer.heads is None else buffer.heads
+    heads = before_1 if buffer.heads is None else buffer.heads  # any tensor: ALL_HEADS reads none
     sizes = num_heads, num_kept, splits
     shape: dict[str, Any] = {"G": group, "D": head_dim, "WIDTH": width, "ALL_HEADS": buffer.heads is None}
     _attend[splits, num_rows * num_kept](
         q, k, v, buffer.keys, buffer.values, heads, before_1, out_BHLD, parts, lse,
-        *sizes, scaling * LOG2_E, buffer.num_sinks, num_slots - buffer.num_sinks,
+        *sizes, scaling * LOG2_E, buffer.num_sinks, buffer.num_turns,
         q.stride(0), k.stride(0), v.stride(0), *buffer.keys.stride()[:3], out_BHLD.stride(0),
         **shape, ALONE=splits == 1, ROWS=max(MIN_ROWS, triton.next_power_of_2(group)), BLOCK=BLOCK,
         num_warps=4, num_stages=max(1, min(3, SHARED_MEMORY // (2 * BLOCK * width * q.element_size()))),
