@@ -4,7 +4,7 @@ Shape legend: B batch, H query heads, K key-value heads, L queries, S keys, D he
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -89,6 +89,12 @@ class MaskedAttention(Attention):
     def local(self, layout: Layout, head: int) -> Local | None:
         """All that a query head of the layer sees, where that is recent tokens or its group: kernels know these."""
         return None
+
+    def local_heads(self, layout: Layout, heads: Iterable[int]) -> tuple[Local, ...] | None:
+        """`local` of each of these heads, None where one of them sees anything else."""
+        found = [self.local(layout, head) for head in heads]
+        known = tuple(local for local in found if local is not None)
+        return known if len(known) == len(found) else None
 
     def layer_group(self, layer_idx: int) -> Hashable:
         """Layers of one group share one mask."""

@@ -9,6 +9,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -140,10 +141,10 @@ def _show(rows: list[dict[str, Any]], target: Path) -> None:
     ours = {row["length"]: _rate(row) for row in rows if row["way"] == WAYS[0].name and row["seconds"]}
     for row in rows:
         if not row["seconds"]:
-            table.add_row(row["way"], f"{row['length']:,}", row["error"])
+            table.add_row(escape(row["way"]), f"{row['length']:,}", row["error"])
             continue
         ratio = f"{ours[row['length']] / _rate(row):.2f}×" if row["length"] in ours else ""
         memory = f"{row['device_memory']:.1f}", row["memory"]
-        table.add_row(row["way"], f"{row['length']:,}", f"{_rate(row):,.0f}", ratio, *memory)
+        table.add_row(escape(row["way"]), f"{row['length']:,}", f"{_rate(row):,.0f}", ratio, *memory)
     Console().print(table)
     print(target)

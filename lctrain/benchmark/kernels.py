@@ -113,7 +113,6 @@ def row_mask(method: MaskedAttention, length: int, heads: Heads, documents: list
     positions = (torch.arange(length, device=device) - (sizes.cumsum(0) - sizes)[numbers])[None].int()
     packed = len(documents) > 1
     num_heads = len(method.head_groups(layout, heads.num_attention_heads))
-    local = [method.local(layout, head) for head in range(num_heads)]
     return Mask(
         q_length=length,
         kv_length=length,
@@ -126,7 +125,7 @@ def row_mask(method: MaskedAttention, length: int, heads: Heads, documents: list
         visible=method.visible(layout),
         positions=(positions, positions) if packed else None,
         documents=(numbers[None].int(), numbers[None].int()) if packed else None,
-        local=None if None in local else tuple(local),  # type: ignore[arg-type]
+        local=method.local_heads(layout, range(num_heads)),
     )
 
 

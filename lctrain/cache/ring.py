@@ -20,7 +20,7 @@ from lctrain.kernels import few_queries
 from lctrain.kernels.base import Demand
 from lctrain.kernels.few_queries import attend_few
 from lctrain.kernels.mask import Mask
-from lctrain.kernels.one_query import Buffer
+from lctrain.kernels.one_query import Buffer, slot_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Slots:
 
     def of(self, position: Tensor) -> Tensor:
         """The slot of the token at each position of its row."""
-        return torch.minimum(position, self.num_sinks + (position - self.num_sinks) % self.num_recent)
+        return slot_of(position, self.num_sinks, self.num_recent)
 
     def positions(self, num_tokens_R1: Tensor) -> Tensor:
         """The positions that the slots hold after so many tokens, [R, N]; -1 where nothing is held yet."""

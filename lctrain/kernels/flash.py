@@ -21,7 +21,7 @@ HOPPER = 9  # compute capability; others are not tested here
 HEAD_DIMS = (64, 96, 128, 256)  # forward and backward were compared with the reference for these
 
 
-class Run(NamedTuple):
+class Alike(NamedTuple):
     """Neighbouring heads that are local alike. `cu_seqlens` are where groups and documents begin, of T tokens."""
 
     num_heads: int
@@ -55,8 +55,8 @@ class FlashKernel(FlexKernel):
 
     def prepare(self, mask: Mask) -> Any:
         few = mask.q_length < FEW and not mask.square
-        runs = None if mask.local is None or few else _runs(mask, mask.local)
-        return super().prepare(mask) if runs is None else runs
+        alike = None if mask.local is None or few else _alike(mask, mask.local)
+        return super().prepare(mask) if alike is None else alike
 
     def attend(
         self, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, prepared: Any, *, scaling: float, softcap: float | None
@@ -65,7 +65,7 @@ class FlashKernel(FlexKernel):
             return super().attend(q_BHLD, k_BKSD, v_BKSD, prepared, scaling=scaling, softcap=softcap)
         if len(prepared) == 1:  # which may stand for heads of any number
             return _attend(prepared[0], q_BHLD, k_BKSD, v_BKSD, scaling)
-        heads, kv_heads = ([run.num_heads for run in prepared], [run.num_key_value_heads for run in prepared])
+        heads, kv_heads = ([part.num_heads for part in prepared], [part.num_key_value_heads for part in prepared])
         parts = zip(prepared, q_BHLD.split(heads, 1), k_BKSD.split(kv_heads, 1), v_BKSD.split(kv_heads, 1), strict=True)
         return torch.cat([_attend(*part, scaling).transpose(1, 2) for part in parts], dim=2).transpose(1, 2)
 
@@ -74,17 +74,17 @@ class FlashKernel(FlexKernel):
         return BLOCK if head_dim <= 128 else 64
 
 
-def _attend(run: Run, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scaling: float) -> Tensor:
+def _attend(part: Alike, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scaling: float) -> Tensor:
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
     qkv = [x.transpose(1, 2) for x in (q_BHLD, k_BKSD, v_BKSD)]
-    window = (None if run.window is None else run.window - 1, 0)
-    if run.cu_seqlens is None:
+    window = (None if part.window is None else part.window - 1, 0)
+    if part.cu_seqlens is None:
         out_BLHD, _ = flash_attn_func(*qkv, softmax_scale=scaling, causal=True, window_size=window)
     else:
         out_THD, _ = flash_attn_varlen_func(
-            *(x.flatten(0, 1) for x in qkv), cu_seqlens_q=run.cu_seqlens, cu_seqlens_k=run.cu_seqlens,
-            max_seqlen_q=run.max_length, max_seqlen_k=run.max_length,
+            *(x.flatten(0, 1) for x in qkv), cu_seqlens_q=part.cu_seqlens, cu_seqlens_k=part.cu_seqlens,
+            max_seqlen_q=part.max_length, max_seqlen_k=part.max_length,
             softmax_scale=scaling, causal=True, window_size=window,
         )  # fmt: skip
         out_BLHD = out_THD.unflatten(0, qkv[0].shape[:2])
@@ -92,7 +92,7 @@ def _attend(run: Run, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scaling: f
     return out
 
 
-def _runs(mask: Mask, local: tuple[Local, ...]) -> list[Run] | None:
+def _alike(mask: Mask, local: tuple[Local, ...]) -> list[Alike] | None:
     """None where heads that share a key-value head differ, and for groups of which only some queries are here."""
     shared = mask.num_key_value_groups
     by_kv_head = [local[i : i + shared] for i in range(0, len(local), shared)]
@@ -100,13 +100,13 @@ def _runs(mask: Mask, local: tuple[Local, ...]) -> list[Run] | None:
         return None
     if not mask.square and any(one.group is not None for one in local):
         return None
-    runs = []
+    parts = []
     for (own, *_), same in groupby(by_kv_head):
         num = len(list(same))
         length = mask.kv_length if own.group is None else min(own.group, mask.kv_length)
         window = own.window if own.window is not None and own.window < length else None
-        runs.append(Run(num * shared, num, window, _cu_seqlens(mask, own), length))
-    return runs
+        parts.append(Alike(num * shared, num, window, _cu_seqlens(mask, own), length))
+    return parts
 
 
 def _cu_seqlens(mask: Mask, local: Local) -> Tensor | None:

@@ -23,13 +23,14 @@ class Buffer(NamedTuple):
     heads: Tensor | None = None  # which they are of [P]; None: all
 
     @property
-    def num_slots(self) -> int:
-        return self.keys.shape[2]
+    def num_turns(self) -> int:
+        """Slots behind the sinks'."""
+        return self.keys.shape[2] - self.num_sinks
 
-    def slot(self, before_1: Tensor) -> Tensor:
-        """Where the token is kept that so many came before."""
-        num_turns = self.num_slots - self.num_sinks
-        return torch.minimum(before_1, self.num_sinks + (before_1 - self.num_sinks) % num_turns)
+
+def slot_of(position: Tensor, num_sinks: int, num_turns: int) -> Tensor:
+    """Where the token at each position of its row is kept."""
+    return torch.minimum(position, num_sinks + (position - num_sinks) % num_turns)
 
 
 def attend_one(
@@ -64,10 +65,10 @@ def reference(
         heads = torch.arange(k_BKLD.shape[1], device=k_BKLD.device) if buffer.heads is None else buffer.heads
         k, v = (x.index_select(1, heads) for x in (k_BKLD, v_BKLD))
         q_BPGLD = q_BHLD.unflatten(1, (k_BKLD.shape[1], -1)).index_select(1, heads)
-        slot_1 = buffer.slot(before_1)
+        slot_1 = slot_of(before_1, buffer.num_sinks, buffer.num_turns)
         buffer.keys.index_copy_(2, slot_1, k)
         buffer.values.index_copy_(2, slot_1, v)
-        seen_N = torch.arange(buffer.num_slots, device=k.device) <= before_1
+        seen_N = torch.arange(buffer.keys.shape[2], device=k.device) <= before_1
         # Slots that hold nothing yet may hold anything, NaN too.
         k, v = (kept.where(seen_N[:, None], 0) for kept in (buffer.keys, buffer.values))
         out = attend_few(q_BPGLD.flatten(1, 2), k, v, seen_N[None, None, None], scaling)

@@ -1,6 +1,6 @@
 """Flash-Decoding (Dao et al., 2023) of one token for `one_query`: many programs share a head's keys.
 
-Shape legend: as in one_query; G query heads of a key-value head, S splits of its keys.
+Shape legend: as in one_query; G query heads of a key-value head.
 """
 
 from collections.abc import Sequence
@@ -53,6 +53,7 @@ def _attend(  # type: ignore[no-untyped-def]
     b, p = row // kept, row % kept
     head = p if ALL_HEADS else tl.load(heads + p).to(tl.int32)
     position = tl.load(before).to(tl.int32)
+    # As one_query.slot_of; a remainder truncated towards zero gives the same.
     slot = tl.minimum(position, num_sinks + (position - num_sinks) % num_turns)
     held = tl.minimum(position + 1, num_sinks + num_turns)
     share = tl.cdiv(tl.cdiv(held, BLOCK), splits) * BLOCK
@@ -137,7 +138,7 @@ def launch(
     for first in range(0, len(buffers), 2):
         pair = buffers[first : first + 2]
         a, b = pair[0], pair[-1]
-        splits = _splits([num_rows * x.keys.shape[1] for x in pair], [x.num_slots for x in pair], q.device)
+        splits = _splits([num_rows * x.keys.shape[1] for x in pair], [x.keys.shape[2] for x in pair], q.device)
         num_parts = num_rows * q_BHLD.shape[1] * max(splits)
         parts, lse = (q.new_empty(num_parts, n, dtype=torch.float32) for n in (width, 1))
         heads = [before_1 if x.heads is None else x.heads for x in (a, b)]
@@ -146,7 +147,7 @@ def launch(
         _attend[(sum(programs),)](
             q, k, v, before_1, out_BHLD, parts, lse, a.keys, b.keys, a.values, b.values, *heads,
             num_heads, a.keys.shape[1], b.keys.shape[1], splits[0], splits[-1], programs[0], max(splits),
-            scaling * LOG2_E, a.num_sinks, b.num_sinks, a.num_slots - a.num_sinks, b.num_slots - b.num_sinks,
+            scaling * LOG2_E, a.num_sinks, b.num_sinks, a.num_turns, b.num_turns,
             a.keys.stride(0), b.keys.stride(0), a.keys.stride(1), b.keys.stride(1),
             q.stride(0), k.stride(0), v.stride(0), out_BHLD.stride(0),
             **shape, TWO=len(pair) == 2, ROWS=max(MIN_ROWS, triton.next_power_of_2(group)), BLOCK=BLOCK,

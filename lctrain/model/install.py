@@ -198,8 +198,8 @@ class _Installed:
             last = mask.q_offset + mask.q_length == mask.kv_offset + mask.kv_length  # the queries are the last keys'
             plain = mask.mask_function is causal_mask_function and mask.padding_BS is None and last
             heads = range(layout.first_head, layout.first_head + len(head_groups))
-            local = [pattern.local(layout, head) for head in heads] if plain else [None]
-            if position_ids is None and not all(one and one.is_causal(mask.kv_length) for one in local):
+            local = pattern.local_heads(layout, heads) if plain else None
+            if position_ids is None and not (local and all(one.is_causal(mask.kv_length) for one in local)):
                 raise InputError(f"{type(module).__name__} hands no position_ids to its attention; it can't be masked")
             positions, documents = self._tables(mask, position_ids)
             mask.prepared[key] = self.kernel.prepare(
@@ -218,7 +218,7 @@ class _Installed:
                     positions=positions,
                     documents=documents,
                     num_rows=mask.batch,
-                    local=None if None in local else tuple(local),  # type: ignore[arg-type]
+                    local=local,
                 )
             )
         return mask.prepared[key]

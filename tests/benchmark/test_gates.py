@@ -33,7 +33,7 @@ def test_every_way_has_the_same_loss_and_gradients(tmp_path, capsys, memory):
     assert (gradients[0] - 0.05).abs().max() > 1e-5
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-7)
-    assert "concatenated" in capsys.readouterr().out
+    assert "[full; mixed]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
