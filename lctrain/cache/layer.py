@@ -114,8 +114,7 @@ class CacheLayer(CacheLayerMixin):
         scaling: float,
     ) -> Tensor:
         out_BHLD = torch.empty_like(q_BHLD)
-        for buffer in buffers:
-            attend_one(q_BHLD, k_BKLD, v_BKLD, buffer, before_1, out_BHLD, scaling)
+        attend_one(q_BHLD, k_BKLD, v_BKLD, buffers, before_1, out_BHLD, scaling)
         return out_BHLD
 
     def get_seq_length(self) -> int:

@@ -5,6 +5,7 @@ The number of tokens before it is read on the device, so that a captured step se
 Shape legend: B batch, H query heads, K key-value heads, P of those that a buffer keeps, N its slots, D head dim.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,29 +34,42 @@ def slot_of(position: Tensor, num_sinks: int, num_turns: int) -> Tensor:
 
 
 def attend_one(
-    q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, buffer: Buffer, before_1: Tensor, out_BHLD: Tensor, scaling: float
+    q_BHLD: Tensor,
+    k_BKLD: Tensor,
+    v_BKLD: Tensor,
+    buffers: Sequence[Buffer],
+    before_1: Tensor,
+    out_BHLD: Tensor,
+    scaling: float,
 ) -> None:
-    """Store one token (L = 1), and write what its queries see into `out`, at the buffer's heads only."""
+    """Store one token (L = 1), and write what its queries see into `out`, at the buffers' heads only."""
     if q_BHLD.is_cuda:
         from lctrain.kernels.split_keys import launch  # needs triton
 
-        launch(q_BHLD, k_BKLD, v_BKLD, buffer, before_1, out_BHLD, scaling)
+        launch(q_BHLD, k_BKLD, v_BKLD, buffers, before_1, out_BHLD, scaling)
     else:
-        reference(q_BHLD, k_BKLD, v_BKLD, buffer, before_1, out_BHLD, scaling)
+        reference(q_BHLD, k_BKLD, v_BKLD, buffers, before_1, out_BHLD, scaling)
 
 
 def reference(
-    q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, buffer: Buffer, before_1: Tensor, out_BHLD: Tensor, scaling: float
+    q_BHLD: Tensor,
+    k_BKLD: Tensor,
+    v_BKLD: Tensor,
+    buffers: Sequence[Buffer],
+    before_1: Tensor,
+    out_BHLD: Tensor,
+    scaling: float,
 ) -> None:
     """The same by torch's own operations."""
-    heads = torch.arange(k_BKLD.shape[1], device=k_BKLD.device) if buffer.heads is None else buffer.heads
-    k, v = (x.index_select(1, heads) for x in (k_BKLD, v_BKLD))
-    q_BPGLD = q_BHLD.unflatten(1, (k_BKLD.shape[1], -1)).index_select(1, heads)
-    slot_1 = slot_of(before_1, buffer.num_sinks, buffer.num_turns)
-    buffer.keys.index_copy_(2, slot_1, k)
-    buffer.values.index_copy_(2, slot_1, v)
-    seen_N = torch.arange(buffer.keys.shape[2], device=k.device) <= before_1
-    # Slots that hold nothing yet may hold anything, NaN too.
-    k, v = (kept.where(seen_N[:, None], 0) for kept in (buffer.keys, buffer.values))
-    out = attend_few(q_BPGLD.flatten(1, 2), k, v, seen_N[None, None, None], scaling)
-    out_BHLD.unflatten(1, (k_BKLD.shape[1], -1)).index_copy_(1, heads, out.view(q_BPGLD.shape))
+    for buffer in buffers:
+        heads = torch.arange(k_BKLD.shape[1], device=k_BKLD.device) if buffer.heads is None else buffer.heads
+        k, v = (x.index_select(1, heads) for x in (k_BKLD, v_BKLD))
+        q_BPGLD = q_BHLD.unflatten(1, (k_BKLD.shape[1], -1)).index_select(1, heads)
+        slot_1 = slot_of(before_1, buffer.num_sinks, buffer.num_turns)
+        buffer.keys.index_copy_(2, slot_1, k)
+        buffer.values.index_copy_(2, slot_1, v)
+        seen_N = torch.arange(buffer.keys.shape[2], device=k.device) <= before_1
+        # Slots that hold nothing yet may hold anything, NaN too.
+        k, v = (kept.where(seen_N[:, None], 0) for kept in (buffer.keys, buffer.values))
+        out = attend_few(q_BPGLD.flatten(1, 2), k, v, seen_N[None, None, None], scaling)
+        out_BHLD.unflatten(1, (k_BKLD.shape[1], -1)).index_copy_(1, heads, out.view(q_BPGLD.shape))

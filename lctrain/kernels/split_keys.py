@@ -3,6 +3,7 @@
 Shape legend: as in one_query; G query heads of a key-value head.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,21 +18,39 @@ PROGRAMS = 2  # on each processor of the card: their loads overlap
 SHARED_MEMORY = 200 * 2**10  # bytes of a processor, for the blocks under way
 MIN_ROWS = 16  # what tensor cores take of queries
 FEW = 8  # blocks of keys that one program reads alone
-PARTS = 16  # splits that are merged at once
+PARTS = 32  # splits that are merged at once
 LOG2_E = 1.4426950408889634
 
+LAYER = ["num_heads", "kept_a", "kept_b", "splits_a", "splits_b", "num_in_a", "max_splits"]  # one kernel serves all
 
-@triton.jit(do_not_specialize=["num_heads", "num_kept", "splits"])  # type: ignore[untyped-decorator]
+
+@triton.jit(do_not_specialize=LAYER)  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
-    q, k, v, keys, values, heads, before, out, parts, lse,
-    num_heads, num_kept, splits, scaling_log2, num_sinks, num_turns,
-    stride_q, stride_k, stride_v, stride_row, stride_head, stride_slot, stride_out,
-    G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ALL_HEADS: tl.constexpr,
-    ALONE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    q, k, v, before, out, parts, lse, keys_a, keys_b, values_a, values_b, heads_a, heads_b,
+    num_heads, kept_a, kept_b, splits_a, splits_b, num_in_a, max_splits, scaling_log2,
+    sinks_a, sinks_b, turns_a, turns_b, stride_row_a, stride_row_b, stride_head_a, stride_head_b,
+    stride_q, stride_k, stride_v, stride_out,
+    G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TWO: tl.constexpr, ALL_HEADS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One split of one head's keys; its owner stores the new token. `q`, `k`, `v` and `out` are [B, heads, D]."""
-    split, row = tl.program_id(0), tl.program_id(1)
-    b, p = row // num_kept, row % num_kept
+    """One split of one head's keys, in buffer a or b; its owner stores the new token.
+
+    `q`, `k`, `v` and `out` are [B, heads, D].
+    """
+    program = tl.program_id(0)
+    keys, values, heads, kept, splits = keys_a, values_a, heads_a, kept_a, splits_a
+    num_sinks, num_turns, stride_row, stride_head = sinks_a, turns_a, stride_row_a, stride_head_a
+    if TWO:
+        in_a = program < num_in_a
+        program = tl.where(in_a, program, program - num_in_a)
+        keys, values = tl.where(in_a, keys_a, keys_b), tl.where(in_a, values_a, values_b)
+        heads, kept = tl.where(in_a, heads_a, heads_b), tl.where(in_a, kept_a, kept_b)
+        splits = tl.where(in_a, splits_a, splits_b)
+        num_sinks, num_turns = tl.where(in_a, sinks_a, sinks_b), tl.where(in_a, turns_a, turns_b)
+        stride_row = tl.where(in_a, stride_row_a, stride_row_b)
+        stride_head = tl.where(in_a, stride_head_a, stride_head_b)
+    row, split = program // splits, program % splits
+    b, p = row // kept, row % kept
     head = p if ALL_HEADS else tl.load(heads + p).to(tl.int32)
     position = tl.load(before).to(tl.int32)
     # As one_query.slot_of; a remainder truncated towards zero gives the same.
@@ -43,7 +62,7 @@ def _attend(  # type: ignore[no-untyped-def]
     d, g, n = tl.arange(0, WIDTH), tl.arange(0, ROWS), tl.arange(0, BLOCK)
     base = b.to(tl.int64) * stride_row + p.to(tl.int64) * stride_head
     if (slot >= first) & (slot < last):
-        place = base + slot * stride_slot + d
+        place = base + slot * D + d
         tl.store(keys + place, tl.load(k + b * stride_k + head * D + d, mask=d < D), mask=d < D)
         tl.store(values + place, tl.load(v + b * stride_v + head * D + d, mask=d < D), mask=d < D)
     tl.debug_barrier()  # what was stored is seen by all threads of this program, which alone reads it
@@ -54,7 +73,7 @@ def _attend(  # type: ignore[no-untyped-def]
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
     for start in tl.range(first, last, BLOCK):
-        places = base + (start + n[:, None]) * stride_slot + d[None]
+        places = base + (start + n[:, None]) * D + d[None]
         valid = (start + n[:, None] < last) & (d[None] < D)
         tile = tl.load(keys + places, mask=valid, other=0.0)
         scores = tl.dot(queries, tl.trans(tile), input_precision="ieee") * scaling_log2
@@ -67,69 +86,86 @@ def _attend(  # type: ignore[no-untyped-def]
         most = higher
     empty = first >= last
     sums = sums / tl.where(empty, 1.0, total)[:, None]
-    if ALONE:
+    if splits == 1:
         place = out + b * stride_out + (head * G + g[:, None]) * D + d[None]
         tl.store(place, sums.to(out.dtype.element_ty), mask=valid_q)
     else:
-        query = (b * num_heads + head) * G + g
-        tl.store(lse + query * splits + split, tl.where(empty, -float("inf"), most + tl.log2(total)), mask=g < G)
-        tl.store(parts + (query[:, None] * splits + split) * WIDTH + d[None], sums, mask=(g[:, None] < G))
+        part = ((b * num_heads + head) * G + g) * max_splits + split
+        tl.store(lse + part, tl.where(empty, -float("inf"), most + tl.log2(total)), mask=g < G)
+        tl.store(parts + part[:, None] * WIDTH + d[None], sums, mask=(g[:, None] < G))
 
 
-@triton.jit(do_not_specialize=["num_heads", "num_kept", "splits"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_heads", "num_kept", "splits", "max_splits"])  # type: ignore[untyped-decorator]
 def _merge(  # type: ignore[no-untyped-def]
-    heads, out, parts, lse, num_heads, num_kept, splits, stride_out,
+    heads, out, parts, lse, num_heads, num_kept, splits, max_splits, stride_out,
     G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ALL_HEADS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """What one query saw in all splits."""
+    """What one query saw in all splits of a buffer."""
     row = tl.program_id(0)
     b, p, g = row // (num_kept * G), row // G % num_kept, row % G
     head = p if ALL_HEADS else tl.load(heads + p).to(tl.int32)
-    query = (b * num_heads + head) * G + g
+    first = ((b * num_heads + head) * G + g) * max_splits
     d, s = tl.arange(0, WIDTH), tl.arange(0, PARTS)
-    most = tl.full([], -float("inf"), tl.float32)
-    for start in tl.range(0, splits, PARTS):
-        here = tl.load(lse + query * splits + start + s, mask=start + s < splits, other=-float("inf"))
-        most = tl.maximum(most, tl.max(here, 0))
-    total, sums = tl.zeros([], tl.float32), tl.zeros([WIDTH], tl.float32)
+    most, total = tl.full([], -float("inf"), tl.float32), tl.zeros([], tl.float32)
+    sums = tl.zeros([WIDTH], tl.float32)
     for start in tl.range(0, splits, PARTS):
         valid = start + s < splits
-        weights = tl.exp2(tl.load(lse + query * splits + start + s, mask=valid, other=-float("inf")) - most)
-        place = parts + (query * splits + start + s[:, None]) * WIDTH + d[None]
-        sums += tl.sum(weights[:, None] * tl.load(place, mask=valid[:, None], other=0.0), 0)
-        total += tl.sum(weights, 0)
+        here = tl.load(lse + first + start + s, mask=valid, other=-float("inf"))
+        place = parts + (first + start + s[:, None]) * WIDTH + d[None]
+        tile = tl.load(place, mask=valid[:, None], other=0.0)
+        higher = tl.maximum(most, tl.max(here, 0))
+        weights, faded = tl.exp2(here - higher), tl.exp2(most - higher)
+        sums = sums * faded + tl.sum(weights[:, None] * tile, 0)
+        total = total * faded + tl.sum(weights, 0)
+        most = higher
     place = out + b * stride_out + (head * G + g) * D + d
     tl.store(place, (sums / total).to(out.dtype.element_ty), mask=d < D)
 
 
 def launch(
-    q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, buffer: Buffer, before_1: Tensor, out_BHLD: Tensor, scaling: float
+    q_BHLD: Tensor,
+    k_BKLD: Tensor,
+    v_BKLD: Tensor,
+    buffers: Sequence[Buffer],
+    before_1: Tensor,
+    out_BHLD: Tensor,
+    scaling: float,
 ) -> None:
-    """As `one_query.attend_one`, on a CUDA device."""
+    """As `one_query.attend_one`, on a CUDA device: one launch for two buffers, so that few keys hide behind many."""
     q, k, v = (x.contiguous().flatten(1) for x in (q_BHLD, k_BKLD, v_BKLD))
-    (num_rows, num_kept, num_slots, head_dim), num_heads = buffer.keys.shape, k_BKLD.shape[1]
+    num_rows, num_heads, _, head_dim = k_BKLD.shape
     group, width = q_BHLD.shape[1] // num_heads, triton.next_power_of_2(head_dim)
-    splits = _splits(num_rows * num_kept, num_slots, q.device)
-    num_parts = num_rows * q_BHLD.shape[1] * splits
-    parts, lse = (q.new_empty(num_parts, n, dtype=torch.float32) for n in (width, 1))
-    heads = before_1 if buffer.heads is None else buffer.heads  # any tensor: ALL_HEADS reads none
-    sizes = num_heads, num_kept, splits
-    shape: dict[str, Any] = {"G": group, "D": head_dim, "WIDTH": width, "ALL_HEADS": buffer.heads is None}
-    _attend[splits, num_rows * num_kept](
-        q, k, v, buffer.keys, buffer.values, heads, before_1, out_BHLD, parts, lse,
-        *sizes, scaling * LOG2_E, buffer.num_sinks, buffer.num_turns,
-        q.stride(0), k.stride(0), v.stride(0), *buffer.keys.stride()[:3], out_BHLD.stride(0),
-        **shape, ALONE=splits == 1, ROWS=max(MIN_ROWS, triton.next_power_of_2(group)), BLOCK=BLOCK,
-        num_warps=4, num_stages=max(1, min(3, SHARED_MEMORY // (2 * BLOCK * width * q.element_size()))),
-    )  # fmt: skip
-    if splits > 1:
-        grid = (num_rows * num_kept * group,)
-        _merge[grid](heads, out_BHLD, parts, lse, *sizes, out_BHLD.stride(0), **shape, PARTS=PARTS, num_warps=4)
+    for first in range(0, len(buffers), 2):
+        pair = buffers[first : first + 2]
+        a, b = pair[0], pair[-1]
+        splits = _splits([num_rows * x.keys.shape[1] for x in pair], [x.keys.shape[2] for x in pair], q.device)
+        num_parts = num_rows * q_BHLD.shape[1] * max(splits)
+        parts, lse = (q.new_empty(num_parts, n, dtype=torch.float32) for n in (width, 1))
+        heads = [before_1 if x.heads is None else x.heads for x in (a, b)]
+        programs = [num_rows * x.keys.shape[1] * n for x, n in zip(pair, splits, strict=True)]
+        shape: dict[str, Any] = {"G": group, "D": head_dim, "WIDTH": width, "ALL_HEADS": a.heads is None}
+        _attend[(sum(programs),)](
+            q, k, v, before_1, out_BHLD, parts, lse, a.keys, b.keys, a.values, b.values, *heads,
+            num_heads, a.keys.shape[1], b.keys.shape[1], splits[0], splits[-1], programs[0], max(splits),
+            scaling * LOG2_E, a.num_sinks, b.num_sinks, a.num_turns, b.num_turns,
+            a.keys.stride(0), b.keys.stride(0), a.keys.stride(1), b.keys.stride(1),
+            q.stride(0), k.stride(0), v.stride(0), out_BHLD.stride(0),
+            **shape, TWO=len(pair) == 2, ROWS=max(MIN_ROWS, triton.next_power_of_2(group)), BLOCK=BLOCK,
+            num_warps=4, num_stages=max(1, min(3, SHARED_MEMORY // (2 * BLOCK * width * q.element_size()))),
+        )  # fmt: skip
+        for buffer, own, number in zip(pair, heads, splits, strict=False):
+            if number > 1:
+                num_kept = buffer.keys.shape[1]
+                _merge[(num_rows * num_kept * group,)](
+                    own, out_BHLD, parts, lse, num_heads, num_kept, number, max(splits), out_BHLD.stride(0),
+                    **shape, PARTS=PARTS, num_warps=4,
+                )  # fmt: skip
 
 
-def _splits(num_rows: int, num_slots: int, device: torch.device) -> int:
-    """As many as fill the card; one where so few keys are soon read."""
-    if num_slots <= FEW * BLOCK:
-        return 1
+def _splits(num_rows: list[int], num_slots: list[int], device: torch.device) -> list[int]:
+    """Of each buffer's rows: one where few keys are soon read, as many as fill what is left of the card otherwise."""
+    large = [n > FEW * BLOCK for n in num_slots]
     num_processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(PROGRAMS * num_processors // num_rows, -(-num_slots // BLOCK)))
+    left = PROGRAMS * num_processors - sum(n for n, is_large in zip(num_rows, large, strict=True) if not is_large)
+    share = left // max(1, sum(n for n, is_large in zip(num_rows, large, strict=True) if is_large))
+    return [max(1, min(share, -(-n // BLOCK))) if is_large else 1 for n, is_large in zip(num_slots, large, strict=True)]
