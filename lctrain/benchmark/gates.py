@@ -1,6 +1,7 @@
 """How fast gates train: tokens/s of `attention=duo` against the straightforward ways, on the same rows."""
 
 from dataclasses import dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -36,28 +37,39 @@ EVERY_LAYER = replace(NOTHING, checkpoint_layers="all")
 class Way:
     """How one of them differs; the others recompute every layer, as the authors' code does."""
 
-    name: str
     attention: type[DuoAttention] = DuoAttention
     objective: type[Distillation] = Distillation
     dense: bool = False
+    installed: bool = False  # transformers' layers and torch's kernels
 
 
-WAYS = (
-    Way(name="lctrain"),
-    Way(name="two passes, dense masks", dense=True),
-    Way(name="[full; mixed] concatenated", attention=ConcatenatedDuoAttention, objective=ConcatenatedDistillation),
-)
+OURS = "lctrain"
+CONCATENATED = Way(attention=ConcatenatedDuoAttention, objective=ConcatenatedDistillation)
+WAYS = {
+    OURS: Way(),
+    "dense": Way(dense=True),
+    "concatenated": CONCATENATED,
+    "concatenated_installed": replace(CONCATENATED, installed=True),
+}
+TITLES = {
+    OURS: OURS,
+    "dense": "two passes, dense masks",
+    "concatenated": "[full; mixed] concatenated, lctrain's kernels",
+    "concatenated_installed": "[full; mixed] concatenated, torch's and transformers' own",
+}
 
 
 def gates(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Medians over `num_steps` steps behind a first one. Writes gates.json into run_dir after every row."""
+    """Medians over `num_steps` steps behind a first one, of each of `ways`.
+
+    Writes gates.json into run_dir after every row.
+    """
     module: LongContextModule = instantiate(cfg.module, _convert_="all")
     _check(cfg, module)
     target, rows = Path(cfg.run_dir) / "gates.json", list[dict[str, Any]]()
-    for length in cfg.lengths:
-        for way in WAYS:
-            rows.append({"way": way.name, "length": length} | _measured(cfg, module, way, length))
-            write(target, rows)
+    for length, name in product(cfg.lengths, cfg.ways):
+        rows.append({"way": name, "length": length} | _measured(cfg, module, WAYS[name], length))
+        write(target, rows)
     _show(rows, target)
     return rows
 
@@ -66,6 +78,8 @@ def _check(cfg: DictConfig, module: LongContextModule) -> None:
     for name in ("num_steps", "num_answer_tokens"):
         if not isinstance(cfg[name], int) or cfg[name] < 1:
             raise InputError(f"{name}={cfg[name]} must be a positive integer")
+    if unknown := [way for way in cfg.ways if way not in WAYS]:
+        raise InputError(f"ways: {unknown[0]} is none of {', '.join(WAYS)}")
     objective = module.objective
     if not (isinstance(module.recipe.attention, DuoAttention) and isinstance(objective, Distillation)):
         raise InputError("benchmark gates trains gates: give attention=duo tuning=gates objective=duo")
@@ -90,7 +104,9 @@ def _recipe(cfg: DictConfig, recipe: ModelRecipe, way: Way, device: torch.device
     random = RandomModel.like(recipe, device, sequence_length=length, attention=attention)
     random.check_attention([length])
     row = OmegaConf.merge(cfg, {"sequence_length": length, "datamodule": {"micro_batch_size": 1}})
-    own = way is WAYS[0]
+    if way.installed:
+        random = replace(random, kernel="cudnn" if device.type == "cuda" else "sdpa", layer_kernel="plain")
+    own = way is WAYS[OURS]
     settled = resolve(row, random, [length], device, 1) if own else replace(random, memory=EVERY_LAYER)  # type: ignore[arg-type]
     assert isinstance(settled, RandomModel)
     settled.check([length], device.type)
@@ -138,13 +154,14 @@ def _rate(row: dict[str, Any]) -> float:
 
 def _show(rows: list[dict[str, Any]], target: Path) -> None:
     table = Table("way", "tokens", "tokens/s", "lctrain's is", "GiB", "memory")
-    ours = {row["length"]: _rate(row) for row in rows if row["way"] == WAYS[0].name and row["seconds"]}
+    ours = {row["length"]: _rate(row) for row in rows if row["way"] == OURS and row["seconds"]}
     for row in rows:
+        title = escape(TITLES[row["way"]])
         if not row["seconds"]:
-            table.add_row(escape(row["way"]), f"{row['length']:,}", row["error"])
+            table.add_row(title, f"{row['length']:,}", row["error"])
             continue
         ratio = f"{ours[row['length']] / _rate(row):.2f}×" if row["length"] in ours else ""
         memory = f"{row['device_memory']:.1f}", row["memory"]
-        table.add_row(escape(row["way"]), f"{row['length']:,}", f"{_rate(row):,.0f}", ratio, *memory)
+        table.add_row(title, f"{row['length']:,}", f"{_rate(row):,.0f}", ratio, *memory)
     Console().print(table)
     print(target)

@@ -16,6 +16,7 @@ from lctrain.kernels.block_mask import BLOCK
 from lctrain.kernels.few_queries import FEW
 from lctrain.kernels.flex import FlexKernel
 from lctrain.kernels.mask import Local, Mask
+from lctrain.kernels.together import together
 
 HOPPER = 9  # compute capability; others are not tested here
 HEAD_DIMS = (64, 96, 128, 256)  # forward and backward were compared with the reference for these
@@ -66,8 +67,12 @@ class FlashKernel(FlexKernel):
         if len(prepared) == 1:  # which may stand for heads of any number
             return _attend(prepared[0], q_BHLD, k_BKSD, v_BKSD, scaling)
         heads, kv_heads = ([part.num_heads for part in prepared], [part.num_key_value_heads for part in prepared])
-        parts = zip(prepared, q_BHLD.split(heads, 1), k_BKSD.split(kv_heads, 1), v_BKSD.split(kv_heads, 1), strict=True)
-        return torch.cat([_attend(*part, scaling).transpose(1, 2) for part in parts], dim=2).transpose(1, 2)
+
+        def calls(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+            parts = zip(prepared, q.split(heads, 1), k.split(kv_heads, 1), v.split(kv_heads, 1), strict=True)
+            return [_attend(*part, scaling) for part in parts]
+
+        return together(calls, q_BHLD, k_BKSD, v_BKSD)
 
     def kv_block(self, head_dim: int) -> int:
         """What the kernel loads at once, which a block must equal."""

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from lctrain.view import View
+
 
 class _Save(torch.autograd.Function):
     """The identity, which saves its inputs before anything is computed from them."""
@@ -87,8 +89,8 @@ class _WithoutInputs:
 
     def pack(self, tensor: Tensor) -> Any:
         for index, given in enumerate(self._inputs):
-            if tensor.untyped_storage()._cdata == given.untyped_storage()._cdata:
-                return index, tensor.shape, tensor.stride(), tensor.storage_offset() - given.storage_offset()
+            if view := View.of(tensor, given):
+                return index, view
         if self._fills:
             self._made.append(tensor.detach())
         self._num_made += 1
@@ -99,9 +101,9 @@ class _WithoutInputs:
             if packed >= len(self._made):
                 self._recall()  # the layer runs again, and this attention in it
             return self._made[packed]
-        index, shape, stride, offset = packed
-        given: Tensor = self._recall()[index]
-        return given.as_strided(shape, stride, given.storage_offset() + offset)
+        index, view = packed
+        taken: Tensor = view.take(self._recall()[index])
+        return taken
 
     def forget(self) -> None:
         """Autograd holds on to hooks: these must not hold on to the inputs."""

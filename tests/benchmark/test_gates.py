@@ -24,10 +24,10 @@ def run(folder, *overrides):
 def test_every_way_has_the_same_loss_and_gradients(tmp_path, capsys, memory):
     run(tmp_path, *DUO, f"memory={memory}")
     rows = json.loads((tmp_path / "gates.json").read_text())["rows"]
-    assert [row["way"] for row in rows] == [way.name for way in WAYS]
-    assert [len(row["seconds"]) for row in rows] == [1, 1, 1]
+    assert [row["way"] for row in rows] == [*WAYS]
+    assert [len(row["seconds"]) for row in rows] == [1, 1, 1, 1]
     losses, gradients = [row["loss"] for row in rows], [torch.tensor(row["gradients"]) for row in rows]
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
     num_gates = gradients[0].numel()
     assert losses[0] > 0.05 * 0.5 * num_gates  # something is to be learned beside λ
     assert (gradients[0] - 0.05).abs().max() > 1e-5
@@ -42,6 +42,7 @@ def test_every_way_has_the_same_loss_and_gradients(tmp_path, capsys, memory):
         ([], "give attention=duo tuning=gates objective=duo"),
         ([*DUO, "objective.loss=logit_kl"], "use objective=duo as it is"),
         ([*DUO, "num_answer_tokens=0"], "num_answer_tokens=0"),
+        ([*DUO, "ways=[dense,mine]"], "ways: mine is none of lctrain, dense"),
     ],
 )
 def test_refusals(overrides, message, tmp_path):

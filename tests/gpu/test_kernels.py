@@ -174,6 +174,25 @@ def test_decode_is_prefill(kernel, method):
     assert torch.linalg.norm((torch.cat(parts, 1) - expected).float()) < 2e-2 * torch.linalg.norm(expected.float())
 
 
+@pytest.mark.parametrize("method", ["sliding_window", "shifted_sparse"])
+def test_flash_keeps_what_full_attention_keeps(method):
+    """The inputs, one output and a sum per query, however many calls the heads take."""
+    heads, kernel = SHAPES["128-gqa8"], kernel_for("flash", SHAPES["128-gqa8"])
+
+    def kept(name):
+        mask = row_mask(METHODS[name], 2**14, heads, [2**14], "cuda")
+        q, k, v = (
+            torch.zeros(1, 2**14, n, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True).transpose(1, 2)
+            for n in (heads.num_attention_heads, heads.num_key_value_heads, heads.num_key_value_heads)
+        )
+        prepared, before = kernel.prepare(replace(mask, dtype=torch.bfloat16)), torch.cuda.memory_allocated()
+        out = kernel.attend(q, k, v, prepared, scaling=0.1, softcap=None)
+        return torch.cuda.memory_allocated() - before, out
+
+    full, _ = kept("full")
+    assert kept(method)[0] <= 1.02 * full
+
+
 @pytest.mark.parametrize("method", [StreamingAttention(num_sink_tokens=64, recent_size=4096), ShiftedSparseAttention()])
 def test_masks_of_a_million_tokens_take_less_than_a_gibibyte(method):
     heads = Heads(num_attention_heads=32, num_key_value_heads=8, head_dim=128)

@@ -1,0 +1,101 @@
+"""Heads that attend in several calls, of which autograd keeps what it would keep of one.
+
+A call's backward needs its output, and what follows keeps all outputs side by side: together twice the bytes. So the
+calls get a graph of their own here, in which an output is a slice of what they are joined to.
+
+Shape legend: B rows, H heads of all calls, h of one of them, K key-value heads, L queries, S keys, D head dim.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+
+from lctrain.view import View
+
+Calls = Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]]
+
+
+def together(calls: Calls, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> Tensor:
+    """The outputs [B, h, L, D] of `calls`, each laid out as [B, L, h, D], as one [B, H, L, D], laid out likewise."""
+    inputs = (q_BHLD, k_BKSD, v_BKSD)
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
+        return _join(calls(*inputs))
+    joined: Tensor = _Together.apply(calls, *inputs)  # type: ignore[no-untyped-call]
+    return joined
+
+
+def _join(outs: Sequence[Tensor]) -> Tensor:
+    return torch.cat([out_BhLD.transpose(1, 2) for out_BhLD in outs], dim=2).transpose(1, 2)
+
+
+class _Inputs(torch.autograd.Function):
+    """Where the calls' graph begins; it holds none of them."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise AssertionError("gradients are taken before this")
+
+
+class _Together(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, calls: Calls, *inputs: Tensor) -> Tensor:
+        saved, views, recalled = list[Tensor](), list[tuple[int, View]](), list[Tensor]()
+
+        def pack(tensor: Tensor) -> int:
+            saved.append(tensor)
+            return len(saved) - 1
+
+        def unpack(index: int) -> Tensor:
+            kept, view = views[index]
+            return view.take(recalled[kept])
+
+        with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
+            own = _Inputs.apply(inputs[0].new_empty(0).requires_grad_(), *inputs)  # type: ignore[no-untyped-call]
+            outs = calls(*own)
+        joined = _join([out.detach() for out in outs])
+        kept = [*inputs, joined]
+        views += [_slice_of_joined(tensor, outs, joined) or _place(tensor, kept) for tensor in saved]
+        saved.clear()  # which the hooks hold
+        ctx.save_for_backward(*kept)
+        ctx.recalled = recalled
+        ctx.num_heads = [out.shape[1] for out in outs]
+        ctx.ends, ctx.begins = ([get_gradient_edge(x) for x in tensors] for tensors in (outs, own))
+        return joined
+
+    @staticmethod
+    def backward(ctx: Any, d_BHLD: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.recalled[:] = ctx.saved_tensors
+        gradients = torch.autograd.grad(
+            ctx.ends, ctx.begins, d_BHLD.split(ctx.num_heads, dim=1), retain_graph=True
+        )  # the graph, which holds no tensors
+        ctx.recalled.clear()
+        return None, *gradients
+
+
+def _slice_of_joined(tensor: Tensor, outs: Sequence[Tensor], joined_BHLD: Tensor) -> tuple[int, View] | None:
+    before = 0  # numbers of a token that belong to earlier calls
+    of_token = joined_BHLD.shape[1] * joined_BHLD.shape[3]
+    for out_BhLD in outs:
+        own = out_BhLD.shape[1] * out_BhLD.shape[3]
+        if view := View.of(tensor, out_BhLD):
+            stride = tuple(step + step // own * (of_token - own) for step in view.stride)
+            token, number = divmod(view.offset, own)
+            return 3, View(view.shape, stride, token * of_token + before + number)
+        before += own
+    return None
+
+
+def _place(tensor: Tensor, kept: list[Tensor]) -> tuple[int, View]:
+    """In the first that it is a view of; what is a view of none is kept itself."""
+    for index, given in enumerate(kept):
+        if view := View.of(tensor, given):
+            return index, view
+    kept.append(tensor.detach())
+    return len(kept) - 1, View(tensor.shape, tuple(tensor.stride()), 0)
