@@ -61,7 +61,9 @@ class _Together(torch.autograd.Function):
             outs = calls(*own)
         joined = _join([out.detach() for out in outs])
         kept = [*inputs, joined]
-        views += [_slice_of_joined(tensor, outs, joined) or _place(tensor, kept) for tensor in saved]
+        for tensor in saved:
+            view = _slice_of_joined(tensor, outs, joined)
+            views.append((len(inputs), view) if view else _place(tensor, kept))
         saved.clear()  # which the hooks hold
         ctx.save_for_backward(*kept)
         ctx.recalled = recalled
@@ -79,7 +81,7 @@ class _Together(torch.autograd.Function):
         return None, *gradients
 
 
-def _slice_of_joined(tensor: Tensor, outs: Sequence[Tensor], joined_BHLD: Tensor) -> tuple[int, View] | None:
+def _slice_of_joined(tensor: Tensor, outs: Sequence[Tensor], joined_BHLD: Tensor) -> View | None:
     before = 0  # numbers of a token that belong to earlier calls
     of_token = joined_BHLD.shape[1] * joined_BHLD.shape[3]
     for out_BhLD in outs:
@@ -87,13 +89,13 @@ def _slice_of_joined(tensor: Tensor, outs: Sequence[Tensor], joined_BHLD: Tensor
         if view := View.of(tensor, out_BhLD):
             stride = tuple(step + step // own * (of_token - own) for step in view.stride)
             token, number = divmod(view.offset, own)
-            return 3, View(view.shape, stride, token * of_token + before + number)
+            return View(view.shape, stride, token * of_token + before + number)
         before += own
     return None
 
 
 def _place(tensor: Tensor, kept: list[Tensor]) -> tuple[int, View]:
-    """In the first that it is a view of; what is a view of none is kept itself."""
+    """Which of `kept` it is a view of; what is a view of none is kept itself."""
     for index, given in enumerate(kept):
         if view := View.of(tensor, given):
             return index, view
