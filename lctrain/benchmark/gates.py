@@ -37,6 +37,7 @@ EVERY_LAYER = replace(NOTHING, checkpoint_layers="all")
 class Way:
     """How one of them differs; the others recompute every layer, as the authors' code does."""
 
+    title: str
     attention: type[DuoAttention] = DuoAttention
     objective: type[Distillation] = Distillation
     dense: bool = False
@@ -44,18 +45,18 @@ class Way:
 
 
 OURS = "lctrain"
-CONCATENATED = Way(attention=ConcatenatedDuoAttention, objective=ConcatenatedDistillation)
+CONCATENATED = Way(
+    title="[full; mixed] concatenated, lctrain's kernels",
+    attention=ConcatenatedDuoAttention,
+    objective=ConcatenatedDistillation,
+)
 WAYS = {
-    OURS: Way(),
-    "dense": Way(dense=True),
+    OURS: Way(title=OURS),
+    "dense": Way(title="two passes, dense masks", dense=True),
     "concatenated": CONCATENATED,
-    "concatenated_installed": replace(CONCATENATED, installed=True),
-}
-TITLES = {
-    OURS: OURS,
-    "dense": "two passes, dense masks",
-    "concatenated": "[full; mixed] concatenated, lctrain's kernels",
-    "concatenated_installed": "[full; mixed] concatenated, torch's and transformers' own",
+    "concatenated_installed": replace(
+        CONCATENATED, title="[full; mixed] concatenated, torch's and transformers' own", installed=True
+    ),
 }
 
 
@@ -156,7 +157,7 @@ def _show(rows: list[dict[str, Any]], target: Path) -> None:
     table = Table("way", "tokens", "tokens/s", "lctrain's is", "GiB", "memory")
     ours = {row["length"]: _rate(row) for row in rows if row["way"] == OURS and row["seconds"]}
     for row in rows:
-        title = escape(TITLES[row["way"]])
+        title = escape(WAYS[row["way"]].title)
         if not row["seconds"]:
             table.add_row(title, f"{row['length']:,}", row["error"])
             continue

@@ -74,9 +74,9 @@ class _Together(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_BHLD: Tensor) -> tuple[Tensor | None, ...]:
         ctx.recalled[:] = ctx.saved_tensors
-        gradients = torch.autograd.grad(
-            ctx.ends, ctx.begins, d_BHLD.split(ctx.num_heads, dim=1), retain_graph=True
-        )  # the graph, which holds no tensors
+        d_outs = d_BHLD.split(ctx.num_heads, dim=1)
+        # The graph may stay for another backward: it holds no tensors.
+        gradients = torch.autograd.grad(ctx.ends, ctx.begins, d_outs, retain_graph=True)
         ctx.recalled.clear()
         return None, *gradients
 
