@@ -59,6 +59,7 @@ class _Together(torch.autograd.Function):
         with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
             own = _Inputs.apply(inputs[0].new_empty(0).requires_grad_(), *inputs)  # type: ignore[no-untyped-call]
             outs = calls(*own)
+        assert all(out_BhLD.transpose(1, 2).is_contiguous() for out_BhLD in outs), "not laid out by token"
         joined = _join([out.detach() for out in outs])
         kept = [*inputs, joined]
         for tensor in saved:

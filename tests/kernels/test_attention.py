@@ -354,7 +354,7 @@ def written_out():
         seen = (i <= i[:, None]) & (i[:, None] - i <= (99 if left is None else left))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=softmax_scale, enable_gqa=True)
-        return out.transpose(1, 2), None
+        return out.transpose(1, 2).contiguous(), None  # laid out by token, as the kernel writes it
 
     def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
         assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32

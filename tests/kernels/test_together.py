@@ -81,6 +81,11 @@ def test_gradcheck(inputs):
     assert torch.autograd.gradcheck(lambda *x: together(calls, *x), inputs)
 
 
+def test_outputs_are_laid_out_by_token(inputs):
+    with pytest.raises(AssertionError, match="not laid out by token"):
+        together(lambda *x: [out.contiguous() for out in calls(*x)], *inputs)
+
+
 def kept(attend, inputs):
     """Bytes that autograd keeps, each once, with what follows keeping the output as a projection does."""
     storages = {}
