@@ -24,6 +24,31 @@ LOG2_E = 1.4426950408889634
 LAYER = ["num_heads", "kept_a", "kept_b", "splits_a", "splits_b", "num_in_a", "max_splits"]  # one kernel serves all
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _read(  # type: ignore[no-untyped-def]
+    queries, keys, values, base, first, last, scaling_log2,
+    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """For each query, of a head's slots from `first` to `last`: the largest score, sums of weights and of values."""
+    d, n = tl.arange(0, WIDTH), tl.arange(0, BLOCK)
+    most = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, WIDTH], tl.float32)
+    for start in tl.range(first, last, BLOCK):
+        places = base + (start + n[:, None]) * D + d[None]
+        valid = (start + n[:, None] < last) & (d[None] < D)
+        tile = tl.load(keys + places, mask=valid, other=0.0)
+        scores = tl.dot(queries, tl.trans(tile), input_precision="ieee") * scaling_log2
+        scores = tl.where(start + n[None] < last, scores, -float("inf"))
+        higher = tl.maximum(most, tl.max(scores, 1))
+        weights, faded = tl.exp2(scores - higher[:, None]), tl.exp2(most - higher)
+        tile = tl.load(values + places, mask=valid, other=0.0)
+        sums = sums * faded[:, None] + tl.dot(weights.to(tile.dtype), tile, input_precision="ieee")
+        total = total * faded + tl.sum(weights, 1)
+        most = higher
+    return most, total, sums
+
+
 @triton.jit(do_not_specialize=LAYER)  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
     q, k, v, before, out, parts, lse, keys_a, keys_b, values_a, values_b, heads_a, heads_b,
@@ -59,7 +84,7 @@ def _attend(  # type: ignore[no-untyped-def]
     share = tl.cdiv(tl.cdiv(held, BLOCK), splits) * BLOCK
     first, last = split * share, tl.minimum(split * share + share, held)
 
-    d, g, n = tl.arange(0, WIDTH), tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    d, g = tl.arange(0, WIDTH), tl.arange(0, ROWS)
     base = b.to(tl.int64) * stride_row + p.to(tl.int64) * stride_head
     if (slot >= first) & (slot < last):
         place = base + slot * D + d
@@ -69,21 +94,7 @@ def _attend(  # type: ignore[no-untyped-def]
 
     valid_q = (g[:, None] < G) & (d[None] < D)
     queries = tl.load(q + b * stride_q + (head * G + g[:, None]) * D + d[None], mask=valid_q, other=0.0)
-    most = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, WIDTH], tl.float32)
-    for start in tl.range(first, last, BLOCK):
-        places = base + (start + n[:, None]) * D + d[None]
-        valid = (start + n[:, None] < last) & (d[None] < D)
-        tile = tl.load(keys + places, mask=valid, other=0.0)
-        scores = tl.dot(queries, tl.trans(tile), input_precision="ieee") * scaling_log2
-        scores = tl.where(start + n[None] < last, scores, -float("inf"))
-        higher = tl.maximum(most, tl.max(scores, 1))
-        weights, faded = tl.exp2(scores - higher[:, None]), tl.exp2(most - higher)
-        tile = tl.load(values + places, mask=valid, other=0.0)
-        sums = sums * faded[:, None] + tl.dot(weights.to(tile.dtype), tile, input_precision="ieee")
-        total = total * faded + tl.sum(weights, 1)
-        most = higher
+    most, total, sums = _read(queries, keys, values, base, first, last, scaling_log2, D, WIDTH, ROWS, BLOCK)
     empty = first >= last
     sums = sums / tl.where(empty, 1.0, total)[:, None]
     if splits == 1:
