@@ -79,8 +79,9 @@ def _check(cfg: DictConfig, module: LongContextModule) -> None:
     for name in ("num_steps", "num_answer_tokens"):
         if not isinstance(cfg[name], int) or cfg[name] < 1:
             raise InputError(f"{name}={cfg[name]} must be a positive integer")
-    if unknown := [way for way in cfg.ways if way not in WAYS]:
-        raise InputError(f"ways: {unknown[0]} is none of {', '.join(WAYS)}")
+    unknown = [way for way in cfg.ways if way not in WAYS]
+    if unknown or not cfg.ways:
+        raise InputError(f"ways: {unknown[0] if unknown else 'an empty list'} is none of {', '.join(WAYS)}")
     objective = module.objective
     if not (isinstance(module.recipe.attention, DuoAttention) and isinstance(objective, Distillation)):
         raise InputError("benchmark gates trains gates: give attention=duo tuning=gates objective=duo")

@@ -42,6 +42,7 @@ def test_every_way_has_the_same_loss_and_gradients(tmp_path, capsys, memory):
         ([], "give attention=duo tuning=gates objective=duo"),
         ([*DUO, "objective.loss=logit_kl"], "use objective=duo as it is"),
         ([*DUO, "num_answer_tokens=0"], "num_answer_tokens=0"),
+        ([*DUO, "ways=[]"], "ways: an empty list is none of lctrain, dense"),
         ([*DUO, "ways=[dense,mine]"], "ways: mine is none of lctrain, dense"),
     ],
 )
