@@ -2,6 +2,7 @@
 
 import time
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lctrain.attention.base import Attention, Layout, MaskedAttention
 from lctrain.attention.full import FullAttention
 
 SAMPLED_QUERIES = 64  # rows of the mask that stand for all when pairs are counted
+GOLDEN_RATIO = (1 + 5**0.5) / 2  # whose multiples spread evenly between whole numbers
 
 # Dense bf16 matrix rates of the vendors' datasheets, FLOP/s.
 DATASHEET_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
@@ -62,9 +64,23 @@ def visible_keys(pattern: MaskedAttention, config: PreTrainedConfig, length: int
         seen = visible(batch, heads, q, keys).expand(len(heads), 1, len(keys)).sum(-1)[:, 0]
         return float(alike @ seen.float())
 
-    step = max(1, length // SAMPLED_QUERIES)
-    queries = range(step // 2, length, step)  # the middle of each stretch: exact for straight lines
+    queries = _sampled(length)
     return sum(map(count, queries)) / len(queries)
+
+
+def _sampled(length: int) -> list[int]:
+    """Two queries of each stretch, as far from its begin as from its end: exact for straight lines. How far changes
+    from one stretch to the next, so that groups as long as a stretch are not all met at the same place.
+    """
+    if length <= 4 * SAMPLED_QUERIES:  # stretches would be too short for groups to fall in line with
+        return list(range(length))
+    num_stretches = SAMPLED_QUERIES // 2
+    edges = [length * i // num_stretches for i in range(num_stretches + 1)]
+    queries = []
+    for i, (begin, end) in enumerate(pairwise(edges)):
+        inside = int((end - begin) * (i * GOLDEN_RATIO % 1))
+        queries += [begin + inside, end - 1 - inside]
+    return queries
 
 
 def own_window(config: PreTrainedConfig, layer_idx: int) -> int | None:
