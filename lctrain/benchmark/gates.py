@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lctrain.attention.duo import DuoAttention
-from lctrain.benchmark.measure import GIB, forget, now
+from lctrain.benchmark.measure import forget, now, peaks
 from lctrain.benchmark.random_model import RandomModel
 from lctrain.benchmark.step import write
 from lctrain.benchmark.straightforward import ConcatenatedDistillation, ConcatenatedDuoAttention, DenseKernel
@@ -97,8 +97,7 @@ def _measured(cfg: DictConfig, module: LongContextModule, way: Way, length: int)
         row = _train(cfg, module, recipe, way, _rows(cfg, recipe, device, length))
     except torch.OutOfMemoryError:
         return {"seconds": [], "error": "out of memory"}
-    peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
-    return row | {"device_memory": peak, "memory": str(recipe.memory)}
+    return row | {"device_memory": peaks(device)[0], "memory": str(recipe.memory)}
 
 
 def _recipe(cfg: DictConfig, recipe: ModelRecipe, way: Way, device: torch.device, length: int) -> RandomModel:

@@ -27,14 +27,15 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """The steps behind the first one, which compiles; memory in GiB, the host's is the process's."""
+    """The steps behind the first one, which compiles; memory in GiB at its most."""
 
     length: int
     num_rows: int  # of that length, a step
     seconds: list[float]
     loss: float
     device_memory: float
-    host_memory: float
+    pinned_memory: float  # on the host, for the device
+    host_memory: float  # of the process since it began
     memory: str
 
     @property
@@ -105,7 +106,7 @@ def measure(
         if warm_up and cfg.warm_up_length:
             batches[:warm_up] = _batches(module.recipe, min(length, cfg.warm_up_length), warm_up, mesh)
         trainer.fit(module, datamodule=_Rows(batches, mesh))
-        peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
+        peak, pinned = peaks(device)
     finally:
         trainer.strategy.teardown()
         del module, trainer
@@ -118,6 +119,7 @@ def measure(
         seconds=clock.seconds[warm_up:],
         loss=clock.loss,
         device_memory=peak,
+        pinned_memory=pinned,
         host_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
         memory=str(memory_used),
     )
@@ -189,6 +191,13 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def peaks(device: torch.device) -> tuple[float, float]:
+    """The most that was held since `forget`, in GiB: on a card, and on the host in pinned memory."""
+    if device.type != "cuda":
+        return 0.0, 0.0
+    return torch.cuda.max_memory_allocated(device) / GIB, torch.cuda.host_memory_stats()["active_bytes.peak"] / GIB
+
+
 def forget(device: torch.device) -> None:
     """What nobody holds any more is free, and peaks are counted anew."""
     gc.collect()
@@ -196,3 +205,4 @@ def forget(device: torch.device) -> None:
         torch.cuda.init()  # which a peak that nobody has asked for yet needs
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_peak_host_memory_stats()

@@ -128,7 +128,10 @@ def write(target: Path, rows: list[dict[str, Any]], **more: Any) -> None:
 
 def show(rows: list[dict[str, Any]], told: str) -> None:
     """The rows as a table."""
-    table = Table("stack", "attention", "tuning", "tokens", "tokens/s", "step, s", "fastest, slowest", "GiB", "memory")
+    memories = {"device_memory": "GiB", "pinned_memory": "on host", "memory": "memory"}
+    table = Table(
+        "stack", "attention", "tuning", "tokens", "tokens/s", "step, s", "fastest, slowest", *memories.values()
+    )
     for row in rows:
         seconds = median(row["seconds"]) if row["seconds"] else None
         length = row["length"]
@@ -140,8 +143,11 @@ def show(rows: list[dict[str, Any]], told: str) -> None:
             f"{length / seconds:,.0f}" if seconds else str(row.get("error")),
             f"{seconds:.2f}" if seconds else "",
             f"{min(row['seconds']):.2f}, {max(row['seconds']):.2f} of {len(row['seconds'])}" if seconds else "",
-            f"{row['device_memory']:.1f}" if "device_memory" in row else "",
-            row.get("memory", ""),
+            *(_told(row.get(name, "")) for name in memories),
         )
     Console().print(table)
     print(told)
+
+
+def _told(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.1f}"

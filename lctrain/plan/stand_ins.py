@@ -107,12 +107,12 @@ class _Stored:
 
 
 class CountingHost:
-    """The host's memory: a number of bytes."""
+    """The host's memory: a number of bytes. torch pins powers of two of them."""
 
     num_bytes = 0
 
     def put(self, tensor: Tensor) -> _Stored:
-        self.num_bytes += tensor.numel() * tensor.itemsize
+        self.num_bytes += 1 << (tensor.numel() * tensor.itemsize - 1).bit_length()
         return _Stored(tensor)
 
     def fetch(self, stored: _Stored) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from lightning import LightningModule
@@ -66,6 +66,10 @@ class LongContextModule(LightningModule):
         strategy = cast(ShardedCheckpoints, self.trainer.strategy)
         self.model = self.recipe.build(strategy.root_device, Ulysses(group) if group else None, strategy.zero3)
         self.model.train()
+
+    def cpu(self) -> Self:
+        """Nothing. Lightning calls it behind a fit, when the host may have no room beside what was pinned there."""
+        return self
 
     def forward(self) -> None:
         """Refuse a model whose logits the loss does not know; a forward, so that a sharded model can run it."""

@@ -57,6 +57,11 @@ class ShardedCheckpoints(Strategy):
                 if name != VALUE
             }
 
+    def teardown(self) -> None:
+        """Behind a fit. The optimizers go where they are, instead of to the host, for the module's reason."""
+        self.optimizers = []
+        super().teardown()
+
     @property
     def torch_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer behind what wraps it."""

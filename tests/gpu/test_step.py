@@ -9,6 +9,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
+from lctrain.benchmark.measure import measure
 from lctrain.config import compose
 from lctrain.memory.savings import NOTHING, Savings
 from lctrain.training.run import train
@@ -63,6 +64,12 @@ def test_savings_change_nothing(name: str, attention: str) -> None:
         return
     assert saved[0] == plain[0]
     assert relative(saved[1], plain[1]) < 1e-3  # a kernel may add up a gradient in another order
+
+
+def test_inputs_on_the_host_take_what_is_planned() -> None:
+    cfg = compose("benchmark", ["tuning=lora", "model.dtype=bfloat16", "trainer.accelerator=gpu", "rope=linear"])
+    measured = measure(cfg, LENGTH, num_steps=1, warm_up=0, memory=replace(ALL, offload=3))
+    assert measured.pinned_memory * 2**30 == 3 * LENGTH * 256 * 2
 
 
 @pytest.mark.parametrize("tuning", ["lora", "longlora"])

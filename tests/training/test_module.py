@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from lightning import Callback
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from lctrain.checkpoint import read_values
+from lctrain.config import compose
 from lctrain.errors import InputError
 from lctrain.training.metrics import read_history
 
@@ -154,3 +156,11 @@ def test_small_updates_of_a_bf16_model_are_not_lost(run, tmp_path):
     first, last = (read_values(tmp_path / f"bf16/checkpoints/step-0000000{step}.ckpt") for step in (2, 3))
     assert {weight.dtype for weight in last.values()} == {torch.float32}
     assert [name for name in last if torch.equal(first[name], last[name])] == []
+
+
+def test_what_trained_stays_on_its_device():
+    """Lightning ends a fit with module.cpu(); the host's memory may be full of pinned inputs then."""
+    module = instantiate(compose("train", []).module, _convert_="all")
+    module.model = torch.nn.Linear(2, 2, device="meta")
+    assert module.cpu() is module
+    assert module.model.weight.is_meta
