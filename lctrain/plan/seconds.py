@@ -9,13 +9,15 @@ from lctrain.kernels.fp8 import FP8Linear
 from lctrain.memory.savings import Savings
 from lctrain.plan.flops import DATASHEET_FLOPS
 
-# Shares of the datasheet's dense bf16 rate, of five steps of an 8B Llama with LoRA on one H200 (docs/results/step.md):
-MATRIX = 0.74  # matrix products
-FP8 = 1.17  # those in fp8, the scaling of their inputs included
-ATTENTION = 0.64  # flash-attn-4, forward and backward
+# Shares of the datasheet's dense bf16 rate. Of a profile of 32k tokens (docs/results/step.md):
+MATRIX = 0.67  # matrix products
+# Fitted, with that, to twelve steps of an 8B Llama on one H200, from 32k to a million tokens (docs/results/plan.md):
+FP8 = 1.08  # matrix products in fp8, the scaling of their inputs included
+ATTENTION = 0.625  # flash-attn-4, forward and backward
 BACKWARD = 2.5  # attention's backward computes so many times its forward
-# Norms, gates, residuals and LoRA move so often a token's hidden and intermediate state, in each layer, at 4.3 TB/s.
-MOVED, BANDWIDTH = 47, 4.3e12
+# Norms, gates, residuals and LoRA move so often a token's hidden and intermediate state, in each layer, at 4.3 TB/s; a
+# third of it each time that a forward runs again.
+MOVED, BANDWIDTH = 39, 4.3e12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,5 +70,5 @@ def work(model: nn.Module, attention: float, savings: Savings, fp8: bool, taught
         matrix=2 * trained + 4 * head + (0 if fp8 else layers),
         fp8=layers if fp8 else 0,
         attention=attention * (1 + BACKWARD + unsaved + again) + taught,
-        moved=2 * MOVED * width * config.num_hidden_layers * (1 + again / 3 + bool(taught) / 3),
+        moved=2 * MOVED * width * config.num_hidden_layers * (1 + (share + again + bool(taught)) / 3),
     )
