@@ -5,6 +5,10 @@ class InputError(ValueError):
     """What the user gave is wrong: what, where, and what to do. The command line exits with 2."""
 
 
+class DoesNotFit(InputError):
+    """More memory is needed than there is, whatever is saved."""
+
+
 class RunError(RuntimeError):
     """The input was fine, the run could not go on (interrupted, diverged, disk full). The command line exits with 1."""
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from lctrain.benchmark.points import Points
+from lctrain.benchmark.points import Points, last_line
 from lctrain.benchmark.step import choose, label
 from lctrain.config import nearest
 from lctrain.errors import InputError
@@ -74,7 +74,7 @@ def _on_ranks(cfg: DictConfig, length: int, folder: Path) -> dict[str, Any]:
     try:
         while any(codes := [rank.poll() for rank in ranks]) or None in codes:
             if failed := [log for log, code in zip(logs, codes, strict=True) if code]:
-                return {"seconds": [], "error": failed[0].read_text(errors="replace").strip().splitlines()[-1:]}
+                return {"seconds": [], "error": last_line(failed[0].read_text(errors="replace"))}
             time.sleep(0.5)
     finally:
         for rank in ranks:

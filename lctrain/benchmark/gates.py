@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 
 from lctrain.attention.duo import DuoAttention
 from lctrain.benchmark.measure import forget, now, peaks
+from lctrain.benchmark.points import DOES_NOT_FIT
 from lctrain.benchmark.random_model import RandomModel
 from lctrain.benchmark.step import write
 from lctrain.benchmark.straightforward import ConcatenatedDistillation, ConcatenatedDuoAttention, DenseKernel
 from lctrain.data.batch import IGNORED, Batch
-from lctrain.errors import InputError
+from lctrain.errors import DoesNotFit, InputError
 from lctrain.memory.savings import NOTHING
 from lctrain.model.install import install
 from lctrain.model.recipe import ModelRecipe
@@ -95,8 +96,8 @@ def _measured(cfg: DictConfig, module: LongContextModule, way: Way, length: int)
     try:
         recipe = _recipe(cfg, module.recipe, way, device, length)
         row = _train(cfg, module, recipe, way, _rows(cfg, recipe, device, length))
-    except torch.OutOfMemoryError:
-        return {"seconds": [], "error": "out of memory"}
+    except (torch.OutOfMemoryError, DoesNotFit):
+        return {"seconds": [], "error": DOES_NOT_FIT}
     return row | {"device_memory": peaks(device)[0], "memory": str(recipe.memory)}
 
 

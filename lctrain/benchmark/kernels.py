@@ -22,7 +22,7 @@ from lctrain.attention.full import FullAttention
 from lctrain.attention.shifted_sparse import ShiftedSparseAttention
 from lctrain.attention.sliding_window import SlidingWindowAttention
 from lctrain.attention.streaming import StreamingAttention
-from lctrain.benchmark.points import Points
+from lctrain.benchmark.points import DOES_NOT_FIT, Points
 from lctrain.errors import InputError
 from lctrain.kernels.base import Demand, Kernel
 from lctrain.kernels.block_mask import BLOCK, block_mask
@@ -93,6 +93,8 @@ def kernels(cfg: DictConfig) -> list[Result]:
 def _tried(kernel: Kernel, pattern: str, *case: Any) -> dict[str, Any]:
     try:
         return asdict(_case(kernel, pattern, *case))
+    except torch.OutOfMemoryError:
+        return {"error": DOES_NOT_FIT}
     except Exception as error:  # another case may well run
         log.exception("%s failed", pattern)
         return {"error": f"{type(error).__name__}: {error}"[:500]}

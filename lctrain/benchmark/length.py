@@ -11,8 +11,9 @@ import torch
 from omegaconf import DictConfig
 
 from lctrain.benchmark.measure import measure
-from lctrain.benchmark.points import Points
+from lctrain.benchmark.points import DOES_NOT_FIT, Points
 from lctrain.benchmark.step import choose, label, show
+from lctrain.errors import DoesNotFit
 from lctrain.memory.savings import NOTHING, Savings
 
 ALL = {"checkpoint_layers": "all"}
@@ -61,5 +62,5 @@ def _rungs(cfg: DictConfig) -> Iterator[tuple[str, DictConfig, Savings | None]]:
 def _one_step(cfg: DictConfig, num_tokens: int, savings: Savings | None) -> dict[str, Any]:
     try:
         return asdict(measure(cfg, num_tokens, num_steps=1, warm_up=0, memory=savings))
-    except torch.OutOfMemoryError:
-        return {"seconds": [], "error": "out of memory", "memory": str(savings)}
+    except (torch.OutOfMemoryError, DoesNotFit):
+        return {"seconds": [], "error": DOES_NOT_FIT, "memory": "auto" if savings is None else str(savings)}

@@ -27,9 +27,10 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """The steps behind the first one, which compiles; memory in GiB at its most."""
+    """Steps behind `warm_up` ones, of which the first compiles; memory in GiB at its most."""
 
     length: int
+    warm_up: int
     num_rows: int  # of that length, a step
     seconds: list[float]
     loss: float
@@ -115,6 +116,7 @@ def measure(
         raise RunError(f"the loss at {length} tokens is {clock.loss}")
     return Measured(
         length=length,
+        warm_up=warm_up,
         num_rows=mesh.data_parallel_size,
         seconds=clock.seconds[warm_up:],
         loss=clock.loss,

@@ -1,4 +1,7 @@
-"""Measured points in a JSON lines file. What is there is not measured again: a ladder may take several short calls."""
+"""Measured points in a JSON lines file. What is there is not measured again: a ladder may take several short calls.
+
+What failed is tried again, unless it did not fit.
+"""
 
 import hashlib
 import json
@@ -13,6 +16,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 PACKAGES = ("torch", "transformers", "peft", "lightning", "deepspeed", "triton", "liger-kernel", "flash-attn-4", "trl")
+
+DOES_NOT_FIT = "out of memory"
 
 Row = dict[str, Any]
 
@@ -36,7 +41,8 @@ class Points:
         """The row of `point`, from the file or by `run`; None where time is up."""
         where = point | {"device": device_name()}
         for row in self.rows + self._known:
-            if all(row.get(name) == value for name, value in where.items()):
+            settled = row.get("error", DOES_NOT_FIT) == DOES_NOT_FIT or row in self.rows
+            if settled and all(row.get(name) == value for name, value in where.items()):
                 self.rows += [] if row in self.rows else [row]
                 return row
         if self.is_over():
@@ -62,9 +68,15 @@ class Points:
         return f"{self.target}; time is up, the same command measures the rest" if self.skipped else str(self.target)
 
 
-def fingerprint(cfg: DictConfig) -> str:
+def fingerprint(*settings: DictConfig) -> str:
     """Tells points of other settings apart."""
-    return hashlib.sha256(OmegaConf.to_yaml(cfg, resolve=True).encode()).hexdigest()[:10]
+    text = "\n".join(OmegaConf.to_yaml(each, resolve=True) for each in settings)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def last_line(text: str) -> str:
+    """What a process that failed said last."""
+    return (text.strip().splitlines() or ["it said nothing"])[-1]
 
 
 def device_name() -> str:

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lctrain.benchmark.measure import Measured, measure
-from lctrain.benchmark.points import Points, device_name, fingerprint, versions
+from lctrain.benchmark.points import DOES_NOT_FIT, Points, device_name, fingerprint, last_line, versions
 from lctrain.config import conf_dir, nearest
-from lctrain.errors import InputError
+from lctrain.errors import DoesNotFit, InputError
 
 PEERS = ("trl", "assembly")
 
@@ -45,8 +45,8 @@ def step(cfg: DictConfig) -> list[dict[str, Any]]:
 def _measured(cfg: DictConfig, length: int) -> dict[str, Any]:
     try:
         measured: Measured = measure(cfg, length, num_steps=cfg.num_steps, budget=cfg.step_seconds)
-    except torch.OutOfMemoryError:
-        return {"seconds": [], "error": "out of memory"}
+    except (torch.OutOfMemoryError, DoesNotFit):
+        return {"seconds": [], "error": DOES_NOT_FIT}
     return asdict(measured)
 
 
@@ -64,7 +64,7 @@ def label(cfg: DictConfig) -> dict[str, Any]:
         "attention": kind(cfg, "attention"),
         "tuning": tuning + (f" and {', '.join(trainable)}" if trainable else ""),
         "precision": cfg.precision,
-        "config": fingerprint(cfg.model),
+        "config": fingerprint(cfg.model, cfg.objective, cfg.optimizer, cfg.strategy),
     }
 
 
@@ -99,7 +99,7 @@ def _ask(points: Points, cfg: DictConfig, peer: str, attention: str) -> None:
         "attention": attention,
         "tuning": "lora",
         "precision": None,
-        "num_layers": config.num_hidden_layers,
+        "config": fingerprint(OmegaConf.create(architecture)),
     }
     for length in cfg.lengths:
         settings = {
@@ -116,7 +116,7 @@ def _answer(peer: str, settings: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-m", f"lctrain.benchmark.peers.{peer}", json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     answers = [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("PEER ")]
-    return answers[0] if answers else {"seconds": [], "error": done.stderr.strip().splitlines()[-1:]}
+    return answers[0] if answers else {"seconds": [], "error": last_line(done.stderr)}
 
 
 def write(target: Path, rows: list[dict[str, Any]], **more: Any) -> None:

@@ -25,7 +25,8 @@ class Run:
 
     folder: Path
     job_id: str | None
-    max_steps: int
+    max_steps: int | None  # None of an evaluation
+    reported: bool
     rows: Sequence[dict[str, float]]
     held: bool  # by a process on this machine
 
@@ -40,7 +41,7 @@ class Run:
             return f"{job.state.lower()} ({job.reason})" if job.reason and job.state == "PENDING" else job.state.lower()
         if self.held:
             return "running"
-        if self.step >= self.max_steps:
+        if self.reported if self.max_steps is None else self.step >= self.max_steps:
             return "done"
         return job.state.lower() if job and job.state != "COMPLETED" else "stopped"
 
@@ -49,7 +50,7 @@ class Run:
         """From the median step of the last fifty; None before there are two."""
         recent = self.rows[-51:]
         seconds = [(b["tokens"] - a["tokens"]) / b["tokens_per_second"] for a, b in pairwise(recent)]
-        return statistics.median(seconds) * (self.max_steps - self.step) if seconds else None
+        return statistics.median(seconds) * (self.max_steps - self.step) if seconds and self.max_steps else None
 
 
 def main(cfg: DictConfig) -> None:
@@ -73,7 +74,7 @@ def _row(run: Run, state: str) -> Iterator[str]:
     left = run.seconds_left if state == "running" else None
     yield run.job_id or ""
     yield state
-    yield f"{run.step:,}/{run.max_steps:,}"
+    yield "evaluation" if run.max_steps is None else f"{run.step:,}/{run.max_steps:,}"
     yield f"{last['loss']:.3f}" if last else ""
     yield f"{last['tokens_per_second']:,.0f}" if last else ""
     yield str(timedelta(seconds=round(left))) if left is not None else ""
@@ -92,7 +93,8 @@ def _read(folder: Path) -> Run:
     return Run(
         folder=folder,
         job_id=_job_id(folder),
-        max_steps=OmegaConf.load(folder / "config.yaml").trainer.max_steps,
+        max_steps=OmegaConf.select(OmegaConf.load(folder / "config.yaml"), "trainer.max_steps"),
+        reported=(folder / "report.json").exists(),
         rows=read_history(folder / "metrics.jsonl"),
         held=_is_held(folder / ".lock"),
     )

@@ -13,9 +13,10 @@ from lctrain.cluster.script import job_script
 from lctrain.cluster.slurm import call, job_states
 from lctrain.errors import InputError
 from lctrain.folder import RunFolder
+from lctrain.plan import run as plan
 
 JOB_ID = "job_id.txt"
-OWN = ("slurm", "dry_run", "rows_per_step", "device_memory", "num_devices")  # of submit, not of the run
+OWN = ("slurm", "dry_run", "rows_per_step", *plan.OPTIONS)  # of submit, not of the run
 
 
 def main(cfg: DictConfig) -> None:

@@ -1,5 +1,7 @@
 """Tensors that wait in the host's memory while the device computes."""
 
+import os
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -81,3 +83,20 @@ class PinnedHost:
         if direction not in self._streams:
             self._streams[direction] = torch.cuda.Stream()
         return self._streams[direction]
+
+
+def memory_limit(own: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of the host's memory that this process may use: all, or what its control groups allow, as Slurm's or a
+    container's do. `own` names them, below `groups` (Linux's version 2, or 1).
+    """
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for line in own.read_text().splitlines() if own.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        root, name = (groups / "memory", "memory.limit_in_bytes") if controllers else (groups, "memory.max")
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            file = folder / name
+            if controllers in ("", "memory") and file.is_relative_to(root) and file.exists():
+                limit = file.read_text().strip()
+                limits += [int(limit)] if limit != "max" else []
+    return min(limits)

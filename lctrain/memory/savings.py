@@ -15,7 +15,8 @@ Count = int | Literal["all"]
 
 @dataclass(frozen=True, kw_only=True)
 class Savings:
-    """Counts of layers, or "all". Losses and gradients are the same whatever is saved.
+    """Counts of layers, or "all". Losses and gradients are the same whatever is saved; but in half precision, heads at
+    a time are summed in parts.
 
     Recomputation is Chen et al., arXiv:1604.06174; a layer's input is all that is kept of it, and its forward runs
     again in the backward. The backward visits the last layers first, so what costs memory is given to them, and what
@@ -94,12 +95,13 @@ class Savings:
     def __str__(self) -> str:
         if not self.checkpoint_layers:
             return "nothing is recomputed"
-        apart = f" from every {self.checkpoint_every}th input" if self.checkpoint_every > 1 else ""
+        apart = f" from one input in {self.checkpoint_every}" if self.checkpoint_every > 1 else ""
         parts = [f"{self.checkpoint_layers} layers recomputed{apart}"]
         parts += [f"{self.save_attention} keep attention"] if self.save_attention else []
         parts += [f"{self.offload} inputs on the host"] if self.offload else []
         parts += [f"MLPs by {self.mlp_tile} tokens"] if self.mlp_tile else []
-        parts += [f"attention by {self.kv_heads_at_a_time} key-value heads"] if self.kv_heads_at_a_time else []
+        heads = self.kv_heads_at_a_time
+        parts += [f"attention by {heads} key-value head{'s' * (heads > 1)}"] if heads else []
         return ", ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""How ranks leave a run that went well."""
+"""How processes leave a run that went well."""
 
 import gc
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from lctrain.errors import Stopped
 
 @contextmanager
 def farewell() -> Iterator[None]:
-    """Ends the process group behind what was done together, or was stopped together.
+    """Lets go of what trained, as another model comes to the device now, and of the process group.
 
     Gloo's threads would outlive the interpreter, and abort the process where one lets go of a Python object then. A
     rank that failed must not wait for them: they may be in an exchange that the others never enter.
@@ -25,6 +25,6 @@ def farewell() -> Iterator[None]:
 
 
 def _end() -> None:
+    gc.collect()  # trainer and module hold each other, and the group
     if dist.is_initialized():
-        gc.collect()  # a group ends with the last that holds it, and trainer and module hold each other
         dist.destroy_process_group()

@@ -78,7 +78,7 @@ def _sampled(length: int) -> list[int]:
     edges = [length * i // num_stretches for i in range(num_stretches + 1)]
     queries = []
     for i, (begin, end) in enumerate(pairwise(edges)):
-        inside = int((end - begin) * (i * GOLDEN_RATIO % 1))
+        inside = int((end - begin) * ((i + 0.5) * GOLDEN_RATIO % 1))
         queries += [begin + inside, end - 1 - inside]
     return queries
 

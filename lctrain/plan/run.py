@@ -1,7 +1,6 @@
 """`lctrain plan`: the cost of a run as a table and a verdict. No weights are read, no GPU is touched."""
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lctrain.attention.full import FullAttention
-from lctrain.errors import InputError
+from lctrain.errors import DoesNotFit, InputError
 from lctrain.kernels.choose import choose
-from lctrain.memory.host import Host
+from lctrain.memory.host import Host, memory_limit
 from lctrain.memory.savings import NOTHING, AutoSavings, Savings
 from lctrain.model.head import unwrap
 from lctrain.model.install import demand
@@ -38,6 +37,8 @@ log = logging.getLogger(__name__)
 
 GIB = 2**30
 SPARE = 0.94  # of a memory; the rest is for fragments, libraries, and what else runs
+PROCESS = 4 * GIB  # of the host: what a process with CUDA's libraries takes beside what it pins
+OPTIONS = ("device", "device_memory", "host_memory", "num_devices")  # of `lctrain plan` alone
 
 WHAT = {
     "weights": "parameters and buffers",
@@ -116,9 +117,11 @@ def plan(cfg: DictConfig) -> Plan:
     parameters = list(model.parameters())
     steps = Counter(curriculum.length_at(step, tokens_per_step) for step in range(cfg.trainer.max_steps))
     longest = max(steps)
-    step = _step(cfg, recipe, longest, num_devices=world)
-    recipe, memory = _memory_of(cfg, recipe, step, device=cfg.device_memory * GIB, host=cfg.host_memory * GIB)
-    stages = [_stage(cfg, recipe, model, length, steps[length]) for length in sorted(steps)]
+    kind = "cpu" if cfg.trainer.accelerator == "cpu" else "cuda"
+    step = _step(cfg, recipe, longest, kind, num_devices=world)
+    limits = {"device": cfg.device_memory * GIB, "host": cfg.host_memory * GIB}
+    recipe, memory = _memory_of(cfg, recipe, step, kind, **limits)
+    stages = [_stage(cfg, recipe, model, length, steps[length], kind) for length in sorted(steps)]
     return Plan(
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
@@ -132,13 +135,15 @@ def plan(cfg: DictConfig) -> Plan:
     )
 
 
-def _stage(cfg: DictConfig, recipe: ModelRecipe, model: nn.Module, length: int, num_steps: int) -> Stage:
+def _stage(
+    cfg: DictConfig, recipe: ModelRecipe, model: nn.Module, length: int, num_steps: int, device_type: str
+) -> Stage:
     assert isinstance(recipe.memory, Savings)
     config, teacher = recipe.config().get_text_config(), bool(_num_compared(cfg, recipe))
     attention = attention_flops(config, recipe.attention, length)
     taught = attention_flops(config, FullAttention(), length) if teacher else 0.0
     seconds = None
-    if _device_type(cfg) == "cuda":
+    if device_type == "cuda":
         seconds = work(model, attention, recipe.memory, recipe.precision == "fp8", taught).seconds(cfg.device)
     flops = linear_flops(model, teacher) + 3 * attention + taught
     return Stage(length=length, num_steps=num_steps, flops_per_token=flops, seconds_per_token=seconds)
@@ -150,25 +155,26 @@ def resolve(
     """The recipe with savings that fit on `device`, one of so many, in place of memory=auto. InputError if none do."""
     if not isinstance(recipe.memory, AutoSavings):
         return recipe
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // max(1, num_devices // cfg.trainer.num_nodes)
+    host = memory_limit() // max(1, num_devices // cfg.trainer.num_nodes)
     free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (host, host)
     if num_devices > 1:  # whose ranks must choose alike: one that recomputes what another keeps would wait for it
         free = total
-    step = _step(cfg, recipe, lengths[-1], num_devices)
-    resolved, memory = _memory_of(cfg, recipe, step, device=free * SPARE, host=host * SPARE)
+    step = _step(cfg, recipe, lengths[-1], device.type, num_devices)
+    limits = {"device": free * SPARE, "host": max(0, host * SPARE - PROCESS)}
+    resolved, memory = _memory_of(cfg, recipe, step, device.type, **limits)
     limit = (recipe.memory.device_memory or free * SPARE / GIB) * GIB
     if memory.peak > limit:
-        raise InputError(
-            f"memory=auto: {memory.peak / GIB:.1f} GiB are needed at the least and there are {limit / GIB:.1f}; "
+        raise DoesNotFit(
+            f"memory=auto: {memory.peak / GIB:.2f} GiB are needed at the least and there are {limit / GIB:.2f}; "
             "take a shorter sequence_length, a smaller model or more devices"
         )
     log.info("memory=auto: %s; %.1f GiB planned", resolved.memory, memory.peak / GIB)
     return resolved
 
 
-def _step(cfg: DictConfig, recipe: ModelRecipe, length: int, num_devices: int) -> Step:
+def _step(cfg: DictConfig, recipe: ModelRecipe, length: int, device_type: str, num_devices: int) -> Step:
     """What a micro-batch of rows of `length` is."""
-    device_type, num_compared = _device_type(cfg), _num_compared(cfg, recipe)
+    num_compared = _num_compared(cfg, recipe)
     return Step(
         rows=-(-cfg.datamodule.micro_batch_size * cfg.sequence_length // length),
         length=length,
@@ -182,10 +188,10 @@ def _step(cfg: DictConfig, recipe: ModelRecipe, length: int, num_devices: int) -
 
 
 def _memory_of(
-    cfg: DictConfig, recipe: ModelRecipe, step: Step, *, device: float, host: float
+    cfg: DictConfig, recipe: ModelRecipe, step: Step, device_type: str, *, device: float, host: float
 ) -> tuple[ModelRecipe, Memory]:
     """The recipe with its savings, chosen if it leaves them to the plan, and what a step takes with them."""
-    kernels = LAYER_KERNELS if recipe.layer_kernel != "plain" and _device_type(cfg) == "cuda" else None
+    kernels = LAYER_KERNELS if recipe.layer_kernel != "plain" and device_type == "cuda" else None
 
     def hasten(model: PreTrainedModel, host: Host, savings: Savings) -> None:
         replace(recipe, memory=savings).hasten(model, kernels, host)
@@ -208,7 +214,7 @@ def _memory_of(
         step.length // step.sequence_parallel_size,
         planned,
         device=device,
-        host=host if _device_type(cfg) == "cuda" else 0,
+        host=host if device_type == "cuda" else 0,
         dropout=recipe.drops_out(),
         heads=_heads_at_a_time(recipe, skeleton, step, sharding),
     )
@@ -230,10 +236,6 @@ def _heads_at_a_time(recipe: ModelRecipe, model: nn.Module, step: Step, sharding
     size = step.sequence_parallel_size
     parts = [kv_heads // n for n in range(2, MAX_SHARES + 1) if kv_heads % n == 0]
     return [n for n in parts if shares_heads(n * shared, n, size)]
-
-
-def _device_type(cfg: DictConfig) -> str:
-    return "cpu" if cfg.trainer.accelerator == "cpu" else "cuda"
 
 
 def _kernel(recipe: ModelRecipe, device_type: str) -> str:

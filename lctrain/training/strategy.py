@@ -59,7 +59,7 @@ class ShardedCheckpoints(Strategy):
 
     def teardown(self) -> None:
         """Behind a fit. The optimizers go where they are, instead of to the host, for the module's reason."""
-        self.optimizers = []
+        self.optimizers, self.lr_scheduler_configs = [], []
         super().teardown()
 
     @property

@@ -72,6 +72,20 @@ def test_a_ladder_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert len(written(tmp_path / "length.jsonl")) == len(measured)
 
 
+def test_what_failed_is_tried_again_and_other_settings_are_other_points(tmp_path, monkeypatch):
+    answers = iter([{"seconds": [], "error": "RuntimeError: busy"}, *({"seconds": [n]} for n in (1.0, 2.0, 3.0))])
+    monkeypatch.setattr("lctrain.benchmark.step._measured", lambda cfg, length: next(answers))
+    for overrides in ([], [], [], ["objective.loss=tiled"], ["optimizer=sgd"], []):
+        run("step", tmp_path, *overrides)
+    assert [row["seconds"] for row in written(tmp_path / "step.jsonl")] == [[], [1.0], [2.0], [3.0]]
+
+
+@pytest.mark.parametrize("what", ["step", "length"])
+def test_memory_that_nothing_fits_is_a_row(tmp_path, what):
+    run(what, tmp_path, "ladder=false", "memory=auto", "memory.device_memory=0.001")
+    assert [row["error"] for row in written(tmp_path / f"{what}.jsonl")] == ["out of memory"]
+
+
 def test_three_steps_are_enough_where_they_are_slow():
     assert not is_enough([50.0, 50.0], 60)
     assert is_enough([50.0, 50.0, 50.0], 60)

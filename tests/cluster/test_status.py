@@ -50,6 +50,19 @@ def test_a_running_job(folder, status, commands):
     assert status() == {"a": ["77", "running", "40/100", "2.500", "64", "0:01:00", "4"]}
 
 
+def test_an_evaluation_beside_runs(folder, status, commands):
+    commands(sbatch="", squeue="echo '77|RUNNING|None'", sacct="")
+    for name, job in (("a", "77"), ("b", None), ("c", None)):
+        OmegaConf.save({"sequence_length": 512}, folder(name, 0, job) / "config.yaml")
+    (folder("d", 100, None).parent / "c" / "report.json").write_text("{}")
+    assert {name: row[1:3] for name, row in status().items()} == {
+        "a": ["running", "evaluation"],
+        "b": ["stopped", "evaluation"],
+        "c": ["done", "evaluation"],
+        "d": ["done", "100/100"],
+    }
+
+
 def test_a_waiting_job_says_why_and_an_ended_one_how(folder, status, commands):
     commands(sbatch="", squeue="echo '77|PENDING|Resources'", sacct="echo '78|NODE_FAIL'")
     folder("a", 0)

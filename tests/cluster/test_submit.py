@@ -31,6 +31,7 @@ def test_the_snapshot_composes_to_the_run_that_was_asked_for(submission, slurm, 
     composed = OmegaConf.create(done.stdout)
     assert (composed.optimizer.lr, composed.trainer.num_nodes, composed.resume) == (0.003, 2, "auto")
     assert composed == OmegaConf.load(run / "config.yaml")
+    assert set(composed) <= set(config.compose("train", []))  # so that the same run can go on by hand
     where = subprocess.run(
         [sys.executable, "-c", "import lctrain; print(lctrain.__file__)"],
         cwd=code, env=environment, capture_output=True, text=True, check=True,

@@ -1,6 +1,7 @@
 """Ranks leave what went well without a thread behind them, and what failed at once."""
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,7 +45,13 @@ def test_who_failed_waits_for_nobody(group):
     assert gloo_threads()
 
 
-def test_one_process_has_nothing_to_end():
+def test_one_process_lets_go_of_what_trained():
+    class Knot:
+        def __init__(self) -> None:
+            self.itself = self
+
     with farewell():
-        pass
+        knot = weakref.ref(Knot())
+        assert knot()
+    assert not knot()
     assert not dist.is_initialized()

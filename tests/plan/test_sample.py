@@ -38,7 +38,7 @@ def planned(savings: Savings, *overrides: str) -> Memory:
     words = ["model.path=nobody/nothing", f"model.architecture={MODEL}", "sequence_length=512", "kernel=flex"]
     cfg = compose("plan", [*words, *overrides])
     recipe: Any = replace(instantiate(cfg.model, _convert_="all"), memory=savings)
-    return _memory_of(cfg, recipe, _step(cfg, recipe, 512, num_devices=1), device=0, host=0)[1]
+    return _memory_of(cfg, recipe, _step(cfg, recipe, 512, "cuda", num_devices=1), "cuda", device=0, host=0)[1]
 
 
 @pytest.fixture(autouse=True)

@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from hydra.utils import instantiate
 
 from lctrain.config import compose
 from lctrain.memory.savings import NOTHING, Savings
 from lctrain.plan.memory import Memory
-from lctrain.plan.run import plan
+from lctrain.plan.run import plan, resolve
 from lctrain.plan.savings import GROUPS, choose_savings, ladder
 
 NUM_LAYERS = 8
@@ -77,3 +79,14 @@ def test_a_real_shape_is_planned_with_each(memory, monkeypatch):
     if memory == "auto":
         assert result.memory.peak <= 8 * 2**30
         assert 0 < result.savings.checkpoint_layers < 4
+
+
+@pytest.mark.parametrize(("device_memory", "what"), [(0.3, "6 keep attention"), (0.25, "3 keep attention")])
+def test_nothing_waits_on_the_host_where_there_is_no_card(device_memory, what):
+    """trainer.accelerator=auto, the default, says nothing of the machine."""
+    words = ["experiment=demo", "memory=auto", f"memory.device_memory={device_memory}", "trainer.accelerator=auto"]
+    cfg = compose("train", words)
+    recipe = instantiate(cfg.model, _convert_="all")
+    resolved = resolve(cfg, recipe, [cfg.sequence_length], torch.device("cpu"), num_devices=1)
+    resolved.check([cfg.sequence_length], "cpu")
+    assert what in str(resolved.memory)

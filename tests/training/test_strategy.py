@@ -1,6 +1,11 @@
 """Strategies that can't do what is asked of them say so before anything is written; tests/parallel runs them."""
 
+import gc
+import weakref
+from typing import Any
+
 import pytest
+from lightning import Callback
 
 from lctrain import config
 from lctrain.errors import InputError
@@ -23,6 +28,27 @@ def test_what_cannot_work_is_refused(run, tmp_path, overrides, line):
         run(*overrides)
     assert isinstance(config.explain(caught.value, "train", overrides), InputError)
     assert not (tmp_path / "run").exists()
+
+
+class Farewell(Callback):
+    """Looks, when a validation follows the fit, whether the fit's optimizer is still there."""
+
+    optimizer: Any = None
+    is_gone: bool | None = None
+
+    def on_train_end(self, trainer, pl_module):
+        type(self).optimizer = weakref.ref(trainer.optimizers[0])
+
+    def on_validation_end(self, trainer, pl_module):
+        if self.optimizer:
+            gc.collect()
+            type(self).is_gone = self.optimizer() is None
+
+
+def test_optimizers_are_gone_behind_a_fit(run):
+    """Lightning would move their states to the host, where inputs may be pinned still."""
+    run("trainer.max_steps=1", f"+callbacks.farewell._target_={__name__}.Farewell")
+    assert Farewell.is_gone
 
 
 @pytest.mark.parametrize(

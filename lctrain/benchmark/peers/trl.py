@@ -1,6 +1,6 @@
 """TRL's SFTTrainer: LoRA, gradient checkpointing, its chunked loss, SDPA; S2 as LongLoRA publishes it.
 
-Activations are offloaded where they do not fit otherwise: past `OFFLOAD_FROM` tokens, or always with S2.
+Activations are offloaded past `OFFLOAD_FROM` tokens, and always with S2, whose keys and values are repeated.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ from lctrain.benchmark.peers.whole_step import (
     tokens,
 )
 
-OFFLOAD_FROM = 100_000  # tokens: past these, full attention does not fit without
+OFFLOAD_FROM = 100_000  # tokens
 
 
 def published_s2(

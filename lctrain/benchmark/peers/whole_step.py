@@ -11,6 +11,8 @@ import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from lctrain.benchmark.points import DOES_NOT_FIT
+
 WARM_UP_LENGTH = 8192  # tokens of the step before
 
 
@@ -71,6 +73,6 @@ def answer(length: int, run: Callable[[], list[float]]) -> None:
     try:
         result: dict[str, Any] = {"seconds": run()}
     except torch.OutOfMemoryError:
-        result = {"seconds": [], "error": "out of memory"}
+        result = {"seconds": [], "error": DOES_NOT_FIT}
     result |= {"length": length, "device_memory": torch.cuda.max_memory_allocated() / 2**30}
     print("PEER " + json.dumps(result), flush=True)
