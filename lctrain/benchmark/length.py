@@ -17,7 +17,6 @@ from lctrain.errors import DoesNotFit
 from lctrain.memory.savings import NOTHING, Savings
 
 ALL = {"checkpoint_layers": "all"}
-LOSSES = ("tiled", "liger")
 LADDER: dict[str, Savings] = {
     name: replace(NOTHING, **fields)  # type: ignore[arg-type]
     for name, fields in {
@@ -33,8 +32,8 @@ LADDER: dict[str, Savings] = {
 
 
 def length(cfg: DictConfig) -> list[dict[str, Any]]:
-    """One whole optimizer step at each of `lengths`, ascending, with each saving alone and each loss, then with
-    memory=auto; or of the configured memory alone. Every row goes into run_dir/length.jsonl as it is measured.
+    """One whole optimizer step at each of `lengths`, ascending: the loss in tiles instead of Liger's, each saving alone,
+    and memory=auto; or the configured memory alone. Every row goes into run_dir/length.jsonl as it is measured.
     """
     points = Points(Path(cfg.run_dir) / "length.jsonl", cfg.minutes)
     for attention, tuning in product(cfg.attentions or [None], cfg.tunings or [None]):
@@ -50,12 +49,11 @@ def length(cfg: DictConfig) -> list[dict[str, Any]]:
 
 
 def _rungs(cfg: DictConfig) -> Iterator[tuple[str, DictConfig, Savings | None]]:
+    tiled = cfg.copy()
+    tiled.objective.loss = "tiled"
+    yield "tiled loss", tiled, NOTHING
     for name, savings in LADDER.items():
         yield name, cfg, savings
-    for loss in LOSSES:
-        changed = cfg.copy()
-        changed.objective.loss = loss
-        yield f"{loss} loss", changed, NOTHING
     yield "auto", choose(cfg, memory="auto"), None
 
 

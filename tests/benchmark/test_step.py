@@ -65,9 +65,9 @@ def test_a_ladder_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert not measured
     assert "the same command measures the rest" in capsys.readouterr().out
     run("length", tmp_path, "lengths=[64]")
-    assert len(measured) == len(LADDER) + 3  # both losses, and what memory=auto takes
+    assert len(measured) == len(LADDER) + 2  # the loss in tiles, and what memory=auto takes
     run("length", tmp_path, "lengths=[64,128,256]")
-    assert len(measured) == 2 * (len(LADDER) + 3)
+    assert len(measured) == 2 * (len(LADDER) + 2)
     assert {num_tokens for num_tokens, _ in measured} == {64, 128}
     assert len(written(tmp_path / "length.jsonl")) == len(measured)
 
