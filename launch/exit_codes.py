@@ -17,7 +17,7 @@ def exit_codes(verb: str, overrides: Sequence[str]) -> Iterator[None]:
         yield
     except Stopped as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun ends the ranks when the first has left
-        print(f"error: {error}", file=sys.stderr)
+        print(error, file=sys.stderr)
         raise SystemExit(os.EX_TEMPFAIL) from None
     except (RunError, KeyboardInterrupt) as error:
         sys.exit(f"error: {str(error) or 'interrupted'}")  # a text: printed to stderr, exit code 1

@@ -4,8 +4,9 @@ Loads the model, stretches its position encoding (rope), swaps its attention whi
 parameters on sequences of growing length (curriculum), saves checkpoints, exports a plain Hugging Face folder, and
 evaluates the untouched base and the adapted model with the same code.
 
-run_dir receives config.yaml, metrics, checkpoints/, exported/, report.json and pictures. Continue a stopped run with
-the same command and resume=auto.
+run_dir receives config.yaml, metrics, checkpoints/, exported/, report.json and pictures; with evaluation=none (the
+default) not the last three: lctrain export and lctrain evaluate do that later. Continue a stopped run with the same
+command and resume=auto.
 
 examples:
   lctrain train experiment=demo run_dir=runs/demo
@@ -31,3 +32,5 @@ def run(cfg: DictConfig) -> None:
         exported = export(cfg.run_dir, "auto", f"{cfg.run_dir}/exported")
         before = {"before": cfg.model.path} if "path" in cfg.model else {}
         report_training(cfg, {**before, "after": str(exported)}, trained)
+    elif trained.is_global_zero:
+        print(f"{trained.steps} steps done; a plain model of them: lctrain export run_dir={cfg.run_dir}")

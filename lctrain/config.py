@@ -148,7 +148,8 @@ def explain(error: BaseException, verb: str, overrides: Sequence[str] = ()) -> I
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         return InputError(nearest(f"no {group or 'config'} '{choice}'", choice, error.options or [], show_all=True))
     if isinstance(error, OverrideParseException):
-        return InputError(f"cannot read '{error.override}': {_one_line(error)}")
+        written = "options are written option=value" if "=" not in str(error.override) else _one_line(error)
+        return InputError(f"cannot read '{error.override}': {written}")
     if isinstance(error, HydraException):
         unknown = re.match(r"Could not override '([^']+)'", str(error))
         return InputError(_no_such_option(unknown[1], verb, overrides) if unknown else _one_line(error))
@@ -171,8 +172,19 @@ def _no_such_option(name: str, verb: str, overrides: Sequence[str]) -> str:
         existing = list(dict.fromkeys(_keys(OmegaConf.to_container(_compose(verb, chosen)))))
     except Exception:  # another override is wrong as well: name this one without a guess
         existing = []
+    if others := _choices_with(name):
+        group = name.partition(".")[0]
+        return f"no such option '{name}' under this {group}; {group}={' and '.join(others)} have it"
     alike = [key for key in existing if key.rpartition(".")[2] == name.rpartition(".")[2]]
     return nearest(f"no such option '{name}'", name, alike or existing)
+
+
+def _choices_with(name: str) -> list[str]:
+    """The files of the group that the dotted `name` begins with in which it is an option."""
+    group, _, option = name.partition(".")
+    files = sorted((conf_dir() / group).glob("*.yaml")) if option else []
+    missing = object()
+    return [f.stem for f in files if OmegaConf.select(OmegaConf.load(f), option, default=missing) is not missing]
 
 
 def _explain_instantiation(error: BaseException) -> InputError | None:

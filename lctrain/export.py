@@ -70,6 +70,8 @@ def export(run_dir: str, checkpoint: str, output: str, dtype: str = "auto", **he
     merged.save_pretrained(aside)
     recipe.tokenizer.save_pretrained(aside)
     (aside / RECIPE).write_text(OmegaConf.to_yaml(cfg))
+    for weights in aside.glob("*.safetensors"):  # which that library lets none but their owner read
+        weights.chmod((aside / RECIPE).stat().st_mode)
     (aside / "README.md").write_text(_readme(cfg, path, pattern))
     if pattern is not None:
         pattern.write_tsv(aside / TSV)
@@ -118,10 +120,10 @@ def _readme(cfg: DictConfig, checkpoint: Path, pattern: HeadPattern | None) -> s
         else ""
     )
     return (
-        f"# {cfg.model.get('path', 'a model')} at {cfg.sequence_length:,} tokens\n\n"
+        f"# {Path(cfg.model.get('path', 'a model')).name} at {cfg.model.sequence_length:,} tokens\n\n"
         f"Adapted with lctrain, checkpoint {checkpoint.name}. Loads in plain transformers:\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
-        "model = AutoModelForCausalLM.from_pretrained(folder)\n```\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("<this folder>")\n```\n\n'
         f"Trained with `{cfg.attention._target_}`; this folder runs the architecture's own attention.\n\n"
         f"{streams}"
         f"The whole recipe is in {RECIPE}.\n"

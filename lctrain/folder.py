@@ -98,7 +98,7 @@ class RunFolder:
         except OSError as error:
             lock.close()
             raise InputError(f"another process is running in {self.path}; choose another run_dir") from error
-        self._lock = lock  # held until this process ends, however it ends
+        self._lock = lock  # held as long as this object, or until the process ends, however it ends
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

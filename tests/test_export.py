@@ -107,6 +107,12 @@ def test_an_earlier_checkpoint_can_be_exported(trained, tmp_path):
     assert path.name in (folder / "README.md").read_text()
 
 
+def test_whoever_reads_the_recipe_reads_the_weights(trained, reloaded):
+    trained()
+    _, folder = reloaded()
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
 def test_the_folder_is_whole(trained, reloaded, saved):
     trained("tuning=lora", "attention=streaming", "attention.num_sink_tokens=2", "attention.recent_size=8")
     model, folder = reloaded()

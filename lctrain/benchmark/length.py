@@ -32,8 +32,8 @@ LADDER: dict[str, Savings] = {
 
 
 def length(cfg: DictConfig) -> list[dict[str, Any]]:
-    """One whole optimizer step at each of `lengths`, ascending: the loss in tiles instead of Liger's, each saving alone,
-    and memory=auto; or the configured memory alone. Every row goes into run_dir/length.jsonl as it is measured.
+    """One whole optimizer step at each of `lengths`, ascending: with the loss in tiles instead of Liger's, with each
+    saving alone, by memory=auto; or as configured. Every row goes into run_dir/length.jsonl as it is measured.
     """
     points = Points(Path(cfg.run_dir) / "length.jsonl", cfg.minutes)
     for attention, tuning in product(cfg.attentions or [None], cfg.tunings or [None]):

@@ -108,6 +108,11 @@ class ModelRecipe(ABC):
         config = self.config().get_text_config()
         if not hasattr(config, "num_key_value_heads"):
             raise InputError(f"{config.model_type} tells no num_key_value_heads; its attention can't be replaced")
+        if longer := [length for length in lengths if length > self.sequence_length]:
+            raise InputError(
+                f"rows of {longer[-1]} tokens are longer than model.sequence_length={self.sequence_length}, for which "
+                "positions are stretched; give a larger one, or shorter rows by sequence_length"
+            )
         self.attention.check(config, list(lengths))
         if sequence_parallel_size > 1:
             if not self.attention.supports_sequence_parallel:
@@ -285,7 +290,9 @@ class PretrainedModel(ModelRecipe):
         return cast(PreTrainedConfig, config)
 
     def _is_local(self) -> bool:
-        return Path(self.path).exists() or self.path.startswith((".", "/", "~")) or self.path.count("/") > 1
+        path = Path(self.path)
+        beside = path.parent != Path() and path.parent.is_dir()  # of a name with one slash, which a hub's id has too
+        return path.exists() or beside or self.path.startswith((".", "/", "~")) or self.path.count("/") > 1
 
     def _check_folder(self) -> None:
         folder = Path(self.path)

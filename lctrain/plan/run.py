@@ -81,6 +81,7 @@ class Plan:
     mesh: Mesh
     sharding: Sharding
     kernel: str
+    device: str
     savings: Savings | AutoSavings
     stages: list[Stage]
     memory: Memory
@@ -129,6 +130,7 @@ def plan(cfg: DictConfig) -> Plan:
         mesh=mesh,
         sharding=Sharding.of(cfg, world),
         kernel=step.kernel,
+        device=cfg.device if kind == "cuda" else "CPU",
         savings=recipe.memory,
         stages=stages,
         memory=memory,
@@ -308,7 +310,7 @@ def _devices(planned: Plan) -> str:
 
 
 def _compute(planned: Plan) -> Table:
-    table = Table("row length", "steps", "FLOPs per token", "per step", "total", "seconds per step")
+    table = Table("row length", "steps", "FLOPs per token", "per step", "total", f"seconds per step, {planned.device}")
     for stage in planned.stages:
         per_step = stage.flops_per_token * planned.tokens_per_step
         amounts = stage.flops_per_token, per_step, per_step * stage.num_steps

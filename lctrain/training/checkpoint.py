@@ -1,5 +1,6 @@
 """When checkpoints are written, so that they are whole or absent."""
 
+import logging
 import os
 import shutil
 import signal
@@ -13,6 +14,8 @@ from lightning import Callback, LightningModule, Trainer
 
 from lctrain.errors import InputError, RunError, Stopped
 from lctrain.folder import CHECKPOINTS
+
+log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 GO_ON, SAVE, STOP = 0, 1, 2  # what a rank wants behind a step
@@ -96,6 +99,7 @@ class Checkpoint(Callback):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stopped_by = signal.Signals(number).name
+        log.warning("%s: this step is finished and a checkpoint written, then the run ends", self.stopped_by)
 
 
 def _sync(folder: Path) -> None:

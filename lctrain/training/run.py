@@ -29,6 +29,8 @@ from lctrain.training.metrics import Metrics
 from lctrain.training.strategy import ShardedCheckpoints, ZeRO
 from lctrain.training.watchdog import Watchdog
 
+log = logging.getLogger(__name__)
+
 # What may change between a run and its continuation without changing what step N computes: beginnings of keys.
 FREE_TO_CHANGE = (
     *("run_dir", "resume", "logger", "callbacks.", "evaluation.", "evaluation_attention.", "hydra."),
@@ -49,6 +51,7 @@ class Trained:
     history: list[dict[str, float]]
     loggers: list[Logger]
     is_global_zero: bool
+    folder: RunFolder  # held as long as this is
 
 
 def train(cfg: DictConfig) -> Trained:
@@ -88,6 +91,10 @@ def train(cfg: DictConfig) -> Trained:
     if trainer.is_global_zero:
         folder.acquire()
     checkpoint = folder.resume_from(cfg.resume)  # again: until here another process may have written one
+    if checkpoint and (step := read_state(checkpoint)["global_step"]) >= cfg.trainer.max_steps:
+        log.warning(
+            "%s is of step %d of trainer.max_steps=%d: nothing is left", checkpoint, step, cfg.trainer.max_steps
+        )
     if trainer.is_global_zero:
         write_aside(folder.config, dump(cfg))  # other ranks may be reading it
     trainer.loggers = _loggers(cfg)
@@ -102,6 +109,7 @@ def train(cfg: DictConfig) -> Trained:
         history=read_history(metrics.history),
         loggers=trainer.loggers,
         is_global_zero=trainer.is_global_zero,
+        folder=folder,
     )
 
 
@@ -155,7 +163,7 @@ def _check_positions(recipe: ModelRecipe) -> None:
     original = getattr(recipe.base_config().get_text_config(), "max_position_embeddings", recipe.sequence_length)
     if isinstance(recipe.rope, NoScaling) and not recipe.rope.extrapolate and recipe.sequence_length > original:
         raise InputError(
-            f"rope=none leaves the model at {original} positions and sequence_length is {recipe.sequence_length}; "
+            f"rope=none leaves the model at {original} positions, model.sequence_length is {recipe.sequence_length}; "
             "choose a rope (yarn, linear, …), or say that it is meant with rope.extrapolate=true"
         )
 

@@ -189,8 +189,12 @@ class TestRefusals:
             recipe("llama", dtype=dtype).build()
 
     def test_lengths_reach_the_method(self, recipe):
-        with pytest.raises(InputError, match="a sequence of 66 tokens is not divisible"):
-            recipe("llama", attention=ShiftedSparseAttention()).check([64, 66])
+        with pytest.raises(InputError, match="a sequence of 62 tokens is not divisible"):
+            recipe("llama", attention=ShiftedSparseAttention()).check([62, 64])
+
+    def test_rows_longer_than_positions_reach(self, recipe):
+        with pytest.raises(InputError, match="rows of 66 tokens are longer than model"):
+            recipe("llama").check([64, 66])
 
     def test_a_model_without_key_value_heads(self, folder, recipe):
         config = AutoConfig.for_model(

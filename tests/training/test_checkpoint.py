@@ -1,5 +1,6 @@
 """Stopping, failing, going on: only the steps since the last checkpoint are lost, and those come out the same."""
 
+import gc
 import json
 import os
 import random
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from lctrain.errors import InputError, RunError
-from lctrain.folder import rank_files
+from lctrain.folder import RunFolder, rank_files
 from lctrain.training.checkpoint import Checkpoint
 from lctrain.training.generators import restore_rng, rng_state
 
@@ -110,7 +111,7 @@ def test_a_stopped_run_exits_with_1_and_one_line_and_says_little_else(small, tmp
     stdout, stderr = stopped.communicate(timeout=60)
     assert stopped.returncode == 75
     assert [line for line in stderr.splitlines() if "tokenizing" not in line] == [
-        "error: stopped by SIGTERM after step 3; go on with resume=auto"
+        "stopped by SIGTERM after step 3; go on with resume=auto"
     ]
     assert not [word for word in ("Tip", "GPU", "TPU", "weights_only", "Warning", "Loading") if word in stdout]
     assert len(stdout.splitlines()) == len(set(stdout.splitlines()))
@@ -123,6 +124,21 @@ def test_a_signal_while_writing_leaves_that_checkpoint_whole(run, tmp_path):
         run(saves, *sabotage("SignalWhileWriting", name="SIGTERM", step=2))
     assert written(tmp_path / "run") == [STEPS % 2, STEPS % 3]
     assert all(load(tmp_path / "run/checkpoints" / name) for name in written(tmp_path / "run"))
+
+
+def test_nothing_is_left_of_a_run_that_is_past_its_end(run, caplog):
+    run("trainer.max_steps=2", "scheduler.num_steps=4")
+    assert run("trainer.max_steps=1", "scheduler.num_steps=4", "resume=auto").steps == 2
+    assert "step 2 of trainer.max_steps=1: nothing is left" in caplog.text
+
+
+def test_the_folder_is_held_until_what_trained_is_reported(run, tmp_path):
+    trained = run("trainer.max_steps=1")
+    with pytest.raises(InputError, match="another process is running"):
+        RunFolder(tmp_path / "run").acquire()
+    del trained
+    gc.collect()
+    RunFolder(tmp_path / "run").acquire()
 
 
 def test_a_kill_while_writing_leaves_the_one_before(run, tmp_path):

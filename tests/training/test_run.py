@@ -21,7 +21,7 @@ def test_the_seed_changes_the_order(run, tmp_path):
     [
         ("trainer.precision=16-true", "trainer.precision=16-true is neither 32-true nor bf16-mixed"),
         ("tuning=frozen", "leaves nothing to train; choose another tuning"),
-        ("rope=none", "rope=none leaves the model at 32 positions and sequence_length is 64"),
+        ("rope=none", "rope=none leaves the model at 32 positions, model.sequence_length is 64"),
         ("trainer.max_steps=0", "trainer.max_steps=0 must be at least 1"),
         ("trainer.max_steps=-1", "trainer.max_steps=-1 must be at least 1"),
         ("optimizer.lr=-1", "optimizer or scheduler: Invalid learning rate: -1"),
