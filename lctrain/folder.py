@@ -81,8 +81,10 @@ class RunFolder:
         # The shallowest first: rope.factor says more than model.rope.factor.
         for key in sorted(before.keys() | now.keys(), key=lambda key: (key.count("."), key)):
             if not key.startswith(free) and before.get(key) != now.get(key):
+                name = key.removesuffix("._target_")  # of a group: its class says which file was chosen
+                was, is_ = (v if name == key else str(v).rpartition(".")[2] for v in (before.get(key), now.get(key)))
                 raise InputError(
-                    f"resume={resume}: {key} was {before.get(key)} when {self.path} began and is {now.get(key)} now; "
+                    f"resume={resume}: {name} was {was} when {self.path} began and is {is_} now; "
                     "keep it, or start another run_dir"
                 )
 

@@ -54,12 +54,16 @@ def perplexity_by_length(results: Mapping[str, Result]) -> Figure:
     axes = figure.subplots()
     lengths: list[int] = []
     for i, (label, result) in enumerate(results.items()):
-        side = -16 if i else 8  # the first line is numbered above, the next below
+        others = [other["by_length"] for name, other in results.items() if name != label]
         lengths, values = [int(length) for length in result["by_length"]], list(result["by_length"].values())
         axes.plot(lengths, values, marker="o", markersize=7, label=label, color=COLOURS.get(label))
-        for x, y in zip(lengths, values, strict=True) if len(results) <= 2 else ():
-            number = f"{y:.3g}" if y < 1000 else f"{y:,.0f}"
-            axes.annotate(number, (x, y), (0, side), textcoords="offset points", ha="center", color=COLOURS.get(label))
+        for length, y in result["by_length"].items() if len(results) <= 2 else ():
+            lower = any(y < other[length] or (y == other[length] and i) for other in others if length in other)
+            number = f"{y:#.3g}" if y < 100 else f"{y:,.0f}"
+            place = (0, -16 if lower else 8)
+            axes.annotate(
+                number, (int(length), y), place, textcoords="offset points", ha="center", color=COLOURS.get(label)
+            )
     token_ticks(axes, lengths, logarithmic=True)
     perplexity_axis(axes)
     axes.set(title="Perplexity by context length", xlabel="context length (tokens)")

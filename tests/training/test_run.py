@@ -55,8 +55,8 @@ def test_two_runs_in_one_folder(run, tmp_path):
 CHANGES = {
     "optimizer.lr=1": "optimizer.lr was 0.01 when .* began and is 1 now",
     "seed=1": "seed was 0",
-    "rope=yarn": "rope._target_ was lctrain.rope.linear.LinearScaling",
-    "tuning=lora": "tuning._target_",
+    "rope=yarn": "rope was LinearScaling when .* began and is YaRN now",
+    "tuning=lora": "tuning was FullTuning when .* began and is LoRATuning now",
     "trainer.precision=bf16-mixed": "trainer.precision was 32-true",
     "trainer.gradient_clip_val=0.1": "trainer.gradient_clip_val was 1.0",
     "trainer.max_steps=9": "scheduler.num_steps was 4",
