@@ -49,7 +49,8 @@ def _compose_and_run(verb: str, overrides: list[str]) -> None:
         with exit_codes(verb, overrides):
             config.anchor_paths(cfg)
             config.check(cfg)
-            quiet()
+            if getattr(module, "LOADS_MODELS", True):
+                quiet()
             module.run(cfg)
 
     config.register_resolvers()

@@ -11,6 +11,7 @@ examples:
 from omegaconf import DictConfig
 
 FIRST = "run_dir"  # the option that a bare first word sets
+LOADS_MODELS = False
 
 
 def run(cfg: DictConfig) -> None:

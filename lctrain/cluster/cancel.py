@@ -4,8 +4,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from lctrain.cluster.slurm import call, job_states
-from lctrain.cluster.submit import JOB_ID
+from lctrain.cluster.slurm import JOB_ID, call, job_states
 from lctrain.errors import InputError
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from lctrain.errors import InputError
 
+JOB_ID = "job_id.txt"  # in the folder of a run that was submitted
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD")
 
 

@@ -13,8 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Column, Table
 
-from lctrain.cluster.slurm import JobState, job_states
-from lctrain.cluster.submit import JOB_ID
+from lctrain.cluster.slurm import JOB_ID, JobState, job_states
 from lctrain.errors import InputError
 from lctrain.folder import RunFolder, read_history
 

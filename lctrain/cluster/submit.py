@@ -10,12 +10,11 @@ from lctrain import config
 from lctrain.cluster.check import check_evaluation, check_training
 from lctrain.cluster.job import Job
 from lctrain.cluster.script import job_script
-from lctrain.cluster.slurm import call, job_states
+from lctrain.cluster.slurm import JOB_ID, call, job_states
 from lctrain.errors import InputError
 from lctrain.folder import RunFolder
 from lctrain.plan import run as plan
 
-JOB_ID = "job_id.txt"
 OWN = ("slurm", "dry_run", "rows_per_step", *plan.OPTIONS)  # of submit, not of the run
 
 

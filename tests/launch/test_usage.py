@@ -57,13 +57,24 @@ def test_examples_compose(subtests):
                     config.compose(verb, [word for word in words if "=" in word])
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["plan", "-h"]])
-def test_help_imports_nothing_heavy(arguments, tmp_path):
+def loaded(arguments, folder, *packages):
+    """Which of the packages the command imports."""
     code = (
         "import sys; from launch.main import main; main();"
-        "print(sorted({'torch', 'hydra', 'lightning', 'transformers'} & set(sys.modules)), file=sys.stderr)"
+        f"print(sorted({set(packages)} & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True, check=True
     )
-    assert done.stderr == "[]\n"
+    return done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["plan", "-h"]])
+def test_help_imports_nothing_heavy(arguments, tmp_path):
+    assert loaded(arguments, tmp_path, "torch", "hydra", "lightning", "transformers") == "[]\n"
+
+
+def test_looking_at_runs_loads_no_model(tmp_path):
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/config.yaml").write_text("trainer: {max_steps: 3}\n")
+    assert loaded(["status"], tmp_path, "torch", "lightning", "transformers") == "[]\n"
