@@ -8,14 +8,9 @@ from typing import Any
 
 from launch.exit_codes import exit_codes
 from launch.quiet import quiet
-from launch.usage import VERBS, overview, usage
+from launch.usage import HYDRAS_FLAGS, VERBS, overview, usage
 from lctrain import __version__, config
 from lctrain.errors import InputError
-
-FLAGS = re.compile(  # Hydra's; what else begins with - would meet its own long usage
-    r"-(-(cfg|package|resolve|multirun|run|info|config-path|config-name|config-dir|hydra-help|shell-completion"
-    r"|experimental-rerun|version)|c|p|m|r|i|cp|cn|cd|sc)(=.*)?"
-)
 
 
 def main() -> None:
@@ -39,7 +34,7 @@ def _compose_and_run(verb: str, overrides: list[str]) -> None:
 
     command, module = sys.argv, importlib.import_module(f"launch.{verb}")
     overrides = [getattr(module, "WORDS", {}).get(word, word) for word in overrides]
-    if unknown := [word for word in overrides if word.startswith("-") and not FLAGS.fullmatch(word)]:
+    if unknown := [word for word in overrides if word.startswith("-") and not HYDRAS_FLAGS.fullmatch(word)]:
         raise InputError(f"no flag '{unknown[0]}': options are written option=value")
     if overrides and not re.search("=|^-", overrides[0]) and hasattr(module, "FIRST"):
         overrides[0] = f"{module.FIRST}={overrides[0]}"

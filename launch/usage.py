@@ -6,6 +6,10 @@ import textwrap
 
 from lctrain import config
 
+HYDRAS_FLAGS = re.compile(  # what else begins with - would meet Hydra's own long usage
+    r"-(-(cfg|package|resolve|multirun|run|info|config-(path|name|dir)|hydra-help|shell-completion|experimental-rerun"
+    r"|version)|[cpmri]|c[pnd]|sc)(=.*)?"
+)
 VERBS = ("train", "evaluate", "export", "plan", "benchmark", "submit", "status", "cancel")
 
 

@@ -167,14 +167,14 @@ def nearest(problem: str, name: str, existing: Sequence[str], *, prefix: str = "
 
 def _no_such_option(name: str, verb: str, overrides: Sequence[str]) -> str:
     """Compares with every option under the groups that were chosen, those that end alike first."""
+    if others := _choices_with(name):
+        group = name.partition(".")[0]
+        return f"no such option '{name}' under this {group}; it is one of {group}={' or '.join(others)}"
     chosen = [o for o in overrides if re.match(r"[\w/@+]+=", o) and not o.startswith(f"{name}=")]
     try:
         existing = list(dict.fromkeys(_keys(OmegaConf.to_container(_compose(verb, chosen)))))
     except Exception:  # another override is wrong as well: name this one without a guess
         existing = []
-    if others := _choices_with(name):
-        group = name.partition(".")[0]
-        return f"no such option '{name}' under this {group}; {group}={' and '.join(others)} have it"
     alike = [key for key in existing if key.rpartition(".")[2] == name.rpartition(".")[2]]
     return nearest(f"no such option '{name}'", name, alike or existing)
 

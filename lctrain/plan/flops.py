@@ -72,7 +72,7 @@ def _sampled(length: int) -> list[int]:
     """Two queries of each stretch, as far from its begin as from its end: exact for straight lines. How far changes
     from one stretch to the next, so that groups as long as a stretch are not all met at the same place.
     """
-    if length <= 4 * SAMPLED_QUERIES:  # stretches would be too short for groups to fall in line with
+    if length <= 16 * SAMPLED_QUERIES:  # stretches would be too short for groups to fall in line with
         return list(range(length))
     num_stretches = SAMPLED_QUERIES // 2
     edges = [length * i // num_stretches for i in range(num_stretches + 1)]

@@ -1,10 +1,10 @@
 """When checkpoints are written, so that they are whole or absent."""
 
-import logging
 import os
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,8 +14,6 @@ from lightning import Callback, LightningModule, Trainer
 
 from lctrain.errors import InputError, RunError, Stopped
 from lctrain.folder import CHECKPOINTS
-
-log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 GO_ON, SAVE, STOP = 0, 1, 2  # what a rank wants behind a step
@@ -99,7 +97,9 @@ class Checkpoint(Callback):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stopped_by = signal.Signals(number).name
-        log.warning("%s: this step is finished and a checkpoint written, then the run ends", self.stopped_by)
+        told = f"{self.stopped_by}: this step is finished and a checkpoint written, then the run ends\n"
+        with suppress(OSError):  # a full disk, say. A handler that logs could enter a stream that is being written to
+            os.write(1, told.encode())
 
 
 def _sync(folder: Path) -> None:

@@ -91,11 +91,8 @@ def train(cfg: DictConfig) -> Trained:
     if trainer.is_global_zero:
         folder.acquire()
     checkpoint = folder.resume_from(cfg.resume)  # again: until here another process may have written one
-    if checkpoint and (step := read_state(checkpoint)["global_step"]) >= cfg.trainer.max_steps:
-        log.warning(
-            "%s is of step %d of trainer.max_steps=%d: nothing is left", checkpoint, step, cfg.trainer.max_steps
-        )
     if trainer.is_global_zero:
+        _tell_if_over(checkpoint, cfg.trainer.max_steps)
         write_aside(folder.config, dump(cfg))  # other ranks may be reading it
     trainer.loggers = _loggers(cfg)
     lightning.seed_everything(cfg.seed, verbose=False)  # here: what was checked before may have drawn numbers
@@ -111,6 +108,11 @@ def train(cfg: DictConfig) -> Trained:
         is_global_zero=trainer.is_global_zero,
         folder=folder,
     )
+
+
+def _tell_if_over(checkpoint: Path | None, max_steps: int) -> None:
+    if checkpoint and (step := read_state(checkpoint)["global_step"]) >= max_steps:
+        log.warning("%s is of step %d of trainer.max_steps=%d: nothing is left", checkpoint, step, max_steps)
 
 
 def _fit(trainer: Trainer, module: LightningModule, datamodule: LongContextData, checkpoint: Path | None) -> None:

@@ -24,7 +24,7 @@ PATTERNS = {
 }
 
 
-@pytest.mark.parametrize("length", [LENGTH, 200, 1000])
+@pytest.mark.parametrize("length", [LENGTH, 300, 1000])
 @pytest.mark.parametrize("name", PATTERNS)
 def test_a_sample_of_queries_stands_for_all(name, length):
     pattern, config = PATTERNS[name], LlamaConfig(num_attention_heads=4, num_key_value_heads=2)

@@ -62,7 +62,7 @@ EVERY_SECOND = ALL | {"checkpoint_every": 2}
     ],
 )
 def test_measured_steps(models, tuning, method, length, savings, measured):
-    assert seconds(models[tuning], method, length, **savings) == pytest.approx(measured, rel=0.06)
+    assert seconds(models[tuning], method, length, **savings) == pytest.approx(measured, rel=0.05)
 
 
 def test_what_is_recomputed_costs(models):
