@@ -6,6 +6,7 @@ from transformers import PreTrainedConfig
 
 from lctrain.attention.base import Layout, MaskedAttention, MaskMod, require_positive
 from lctrain.errors import InputError
+from lctrain.kernels.mask import Local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,9 @@ class StreamingAttention(MaskedAttention):
 
     def visible(self, layout: Layout) -> MaskMod:
         return lambda b, h, q_pos, kv_pos: (kv_pos < self.num_sink_tokens) | (q_pos - kv_pos < self.recent_size)
+
+    def local(self, layout: Layout, head: int) -> Local:
+        return Local(window=self.recent_size, num_sinks=self.num_sink_tokens)
 
     def check(self, config: PreTrainedConfig, lengths: list[int]) -> None:
         if self.num_sink_tokens + self.recent_size > lengths[-1]:

@@ -154,7 +154,8 @@ class _Rows(LightningDataModule):
 def _module(
     cfg: DictConfig, length: int, device: torch.device, memory: Savings | None, mesh: Mesh
 ) -> LongContextModule:
-    module: LongContextModule = instantiate(cfg.module, _convert_="all")
+    # Of a copy: Hydra resolves in place all that a module refers to, and a group put into `cfg` later would do nothing.
+    module: LongContextModule = instantiate(cfg.copy().module, _convert_="all")
     recipe = RandomModel.like(module.recipe, device, sequence_length=length)
     row = OmegaConf.merge(cfg, {"sequence_length": length, "datamodule": {"micro_batch_size": 1}})
     assert isinstance(row, DictConfig)
@@ -205,6 +206,8 @@ def forget(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.init()  # which a peak that nobody has asked for yet needs
+        synchronize(device)
+        torch.empty(1, pin_memory=True)  # only then are blocks counted as free whose copies are done
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         torch.cuda.reset_peak_host_memory_stats()

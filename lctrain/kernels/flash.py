@@ -1,5 +1,7 @@
 """FlashAttention-4: causal attention in windows and groups by itself, any other mask through FlexAttention.
 
+Sinks beside a window are added to it (`sinks`).
+
 Shape legend: B batch, H query heads, K key-value heads, L queries, S keys, D head dim, T = B·L tokens.
 """
 
@@ -16,6 +18,7 @@ from lctrain.kernels.block_mask import BLOCK
 from lctrain.kernels.few_queries import FEW
 from lctrain.kernels.flex import FlexKernel
 from lctrain.kernels.mask import Local, Mask
+from lctrain.kernels.sinks import MAX_SINKS, Sinks, find_sinks, with_sinks
 from lctrain.kernels.together import together
 
 HOPPER = 9  # compute capability; others are not tested here
@@ -30,6 +33,7 @@ class Alike(NamedTuple):
     window: int | None
     cu_seqlens: Tensor | None  # None where rows are whole
     max_length: int
+    sinks: Sinks | None
 
 
 class FlashKernel(FlexKernel):
@@ -65,12 +69,14 @@ class FlashKernel(FlexKernel):
         if not isinstance(prepared, list):
             return super().attend(q_BHLD, k_BKSD, v_BKSD, prepared, scaling=scaling, softcap=softcap)
         if len(prepared) == 1:  # which may stand for heads of any number
-            return _attend(prepared[0], q_BHLD, k_BKSD, v_BKSD, scaling)
+            return _attend(prepared[0], q_BHLD, k_BKSD, v_BKSD, scaling=scaling)
         heads, kv_heads = ([part.num_heads for part in prepared], [part.num_key_value_heads for part in prepared])
 
-        def calls(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-            parts = zip(prepared, q.split(heads, 1), k.split(kv_heads, 1), v.split(kv_heads, 1), strict=True)
-            return [_attend(*part, scaling) for part in parts]
+        def calls(*qkv: Tensor) -> list[Tensor]:
+            # Split by token: so their gradients are laid out, and joined as they are.
+            split = (x.transpose(1, 2).split(n, 2) for x, n in zip(qkv, (heads, kv_heads, kv_heads), strict=True))
+            own = zip(prepared, *split, strict=True)
+            return [_attend(part, *(x.transpose(1, 2) for x in of_part), scaling=scaling) for part, *of_part in own]
 
         return together(calls, q_BHLD, k_BKSD, v_BKSD)
 
@@ -79,44 +85,67 @@ class FlashKernel(FlexKernel):
         return BLOCK if head_dim <= 128 else 64
 
 
-def _attend(part: Alike, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scaling: float) -> Tensor:
+def _attend(part: Alike, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, *, scaling: float) -> Tensor:
+    batch = q_BHLD.shape[0]
+    q_THD, k_TKD, v_TKD = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHLD, k_BKSD, v_BKSD))
+
+    def attend(*qkv: Tensor) -> tuple[Tensor, Tensor]:
+        return _fused(part, batch, *qkv, scaling=scaling)
+
+    if part.sinks is None:
+        out_THD, _ = attend(q_THD, k_TKD, v_TKD)
+    else:
+        out_THD = with_sinks(attend, part.sinks, q_THD, k_TKD, v_TKD, scaling=scaling)
+    return out_THD.unflatten(0, (batch, -1)).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def _fused(
+    part: Alike, batch: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """The output, and the log-sum-exp [H, T], but of several whole rows the first one's only."""
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
-    qkv = [x.transpose(1, 2) for x in (q_BHLD, k_BKSD, v_BKSD)]
     window = (None if part.window is None else part.window - 1, 0)
+    options: dict[str, Any] = {"softmax_scale": scaling, "causal": True, "window_size": window, "return_lse": True}
     if part.cu_seqlens is None:
-        out_BLHD, _ = flash_attn_func(*qkv, softmax_scale=scaling, causal=True, window_size=window)
-    else:
-        out_THD, _ = flash_attn_varlen_func(
-            *(x.flatten(0, 1) for x in qkv), cu_seqlens_q=part.cu_seqlens, cu_seqlens_k=part.cu_seqlens,
-            max_seqlen_q=part.max_length, max_seqlen_k=part.max_length,
-            softmax_scale=scaling, causal=True, window_size=window,
-        )  # fmt: skip
-        out_BLHD = out_THD.unflatten(0, qkv[0].shape[:2])
-    out: Tensor = out_BLHD.transpose(1, 2)
-    return out
+        out_BLHD, lse_BHL = flash_attn_func(*(x.unflatten(0, (batch, -1)) for x in (q_THD, k_TKD, v_TKD)), **options)
+        return out_BLHD.flatten(0, 1), lse_BHL[0]
+    out_THD, lse_HT = flash_attn_varlen_func(
+        q_THD, k_TKD, v_TKD, cu_seqlens_q=part.cu_seqlens, cu_seqlens_k=part.cu_seqlens,
+        max_seqlen_q=part.max_length, max_seqlen_k=part.max_length, **options,
+    )  # fmt: skip
+    return out_THD, lse_HT
 
 
 def _alike(mask: Mask, local: tuple[Local, ...]) -> list[Alike] | None:
-    """None where heads that share a key-value head differ, and for groups of which only some queries are here."""
+    """None where heads that share a key-value head differ, for groups and sinks with some of their queries elsewhere,
+    and for more sinks than a program or the window holds.
+    """
     shared = mask.num_key_value_groups
     by_kv_head = [local[i : i + shared] for i in range(0, len(local), shared)]
     if any(len(set(heads)) > 1 for heads in by_kv_head):
         return None
-    if not mask.square and any(one.group is not None for one in local):
+    if not mask.square and any(one.group is not None or one.num_sinks for one in local):
+        return None
+    if any(one.num_sinks > min(MAX_SINKS, one.window or MAX_SINKS) for one in local):
         return None
     parts = []
     for (own, *_), same in groupby(by_kv_head):
         num = len(list(same))
         length = mask.kv_length if own.group is None else min(own.group, mask.kv_length)
         window = own.window if own.window is not None and own.window < length else None
-        parts.append(Alike(num * shared, num, window, _cu_seqlens(mask, own), length))
+        cu_seqlens = _cu_seqlens(mask, own)
+        sinks = None
+        if own.num_sinks and window is not None:
+            rows = torch.arange(2, dtype=torch.int32, device=mask.device) * mask.kv_length
+            sinks = find_sinks(own.num_sinks, window, rows if cu_seqlens is None else cu_seqlens)
+        parts.append(Alike(num * shared, num, window, cu_seqlens, length, sinks))
     return parts
 
 
 def _cu_seqlens(mask: Mask, local: Local) -> Tensor | None:
     """The index of each group's or document's first token among those of all rows, and their number at the end."""
-    if mask.documents is None and local.group is None:
+    if mask.documents is None and local.group is None and not (local.num_sinks and mask.num_rows > 1):
         return None
     index = torch.arange(mask.q_length, device=mask.device)[None]
     begins = index == 0  # a row

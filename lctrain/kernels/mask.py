@@ -21,10 +21,12 @@ MaskMod = Callable[[Any, Any, Any, Any], Any]
 class Local:
     """Causal attention to the last `window` tokens, itself included, inside the group (position + shift) // group.
 
-    None is without bound. Kernels may know this by themselves, without a mask.
+    None is without bound. Behind a window, which no group has then, a document's first `num_sinks` tokens stay seen.
+    Kernels may know this by themselves, without a mask.
     """
 
     window: int | None = None
+    num_sinks: int = 0
     group: int | None = None
     shift: int = 0
 

@@ -1,6 +1,7 @@
 """Steps, lengths and traces of a tiny random model on a CPU; what they write, not how fast they are."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from lctrain.benchmark.step import choose
 from lctrain.benchmark.trace import summarize
 from lctrain.config import compose
 from lctrain.errors import InputError
+from lctrain.memory.savings import NOTHING, AutoSavings
 
 SMALL = ["lengths=[64]", "num_steps=1"]
 
@@ -70,6 +72,20 @@ def test_a_ladder_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert len(measured) == 2 * (len(LADDER) + 2)
     assert {num_tokens for num_tokens, _ in measured} == {64, 128}
     assert len(written(tmp_path / "length.jsonl")) == len(measured)
+
+
+def test_the_last_rung_is_the_plans(tmp_path, monkeypatch):
+    """Whatever was instantiated for the rungs before it."""
+    recipes = []
+
+    def resolve(cfg, recipe, *_):
+        recipes.append(recipe.memory)
+        return replace(recipe, memory=NOTHING)
+
+    monkeypatch.setattr("lctrain.benchmark.measure.resolve", resolve)
+    run("length", tmp_path)
+    assert isinstance(recipes[-1], AutoSavings)
+    assert len(recipes) == len(LADDER) + 2
 
 
 def test_what_failed_is_tried_again_and_other_settings_are_other_points(tmp_path, monkeypatch):

@@ -1,12 +1,7 @@
 """Every kernel against a softmax written out in fp64, forward and gradients."""
 
-import sys
-from dataclasses import replace
-from types import ModuleType
-
 import pytest
 import torch
-import torch.nn.functional as F
 
 from lctrain.errors import InputError
 from lctrain.kernels import flash, sdpa
@@ -290,86 +285,3 @@ class TestChoose:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
         with pytest.raises(InputError, match="kernel=flash runs on Hopper, not on NVIDIA A100"):
             choose("flash", demand("cuda"))
-
-
-LOCAL = {
-    "causal": (Local(),),
-    "window": (Local(window=5),),
-    "groups": (Local(group=6),) * 2 + (Local(group=6, shift=3),) * 2,
-    "two windows": (Local(window=5),) * 2 + (Local(),) * 2,
-    "wide window": (Local(window=99),),
-}
-
-
-@pytest.mark.parametrize(
-    ("num_rows", "starts"),
-    [
-        (1, None),
-        (2, None),
-        (1, [[0] * 8 + [8] * 5 + [13] * 7]),
-        (2, [[0] * 8 + [8] * 5 + [13] * 7]),
-        (2, [[0] * 20, [0] + [1] * 19]),
-    ],
-)
-@pytest.mark.parametrize("name", LOCAL)
-def test_flash_takes_local_heads_by_themselves(monkeypatch, name, num_rows, starts):
-    """With attention as flash-attn-4 documents it, written out here, the result is that of the mask."""
-    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
-    monkeypatch.setitem(sys.modules, "flash_attn.cute", written_out())
-    tables = None if starts is None else (torch.tensor(starts, dtype=torch.int32),) * 2
-    positions = None if tables is None else (torch.arange(20, dtype=torch.int32) - tables[0],) * 2
-    local = LOCAL[name]
-
-    def visible(b, h, q, k):
-        own = [local[0 if len(local) == 1 else head] for head in range(4)]
-        window, group, shift = (
-            torch.tensor([getattr(each, field) or default for each in own])[h]
-            for field, default in (("window", 99), ("group", 99), ("shift", 0))
-        )
-        return (q - k < window) & ((q + shift) // group == (k + shift) // group)
-
-    mask = replace(
-        mask_of(visible, 20, 20, heads=4, groups=2),
-        local=local,
-        positions=positions,
-        documents=tables,
-        num_rows=num_rows,
-    )
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(num_rows, n, 20, 16, generator=generator, dtype=torch.float64) for n in (4, 2, 2))
-    q, k, v = (x.requires_grad_() for x in (q, k, v))
-    results = []
-    for kernel in (FlashKernel(), ReferenceKernel()):
-        out = kernel.attend(q, k, v, kernel.prepare(mask), scaling=0.3, softcap=None)
-        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
-    torch.testing.assert_close(*results)
-
-
-def written_out():
-    def flash_attn_func(q, k, v, *, softmax_scale, causal, window_size):
-        left, right = window_size
-        assert causal
-        assert right == 0
-        i = torch.arange(q.shape[1])
-        seen = (i <= i[:, None]) & (i[:, None] - i <= (99 if left is None else left))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=softmax_scale, enable_gqa=True)
-        return out.transpose(1, 2).contiguous(), None  # laid out by token, as the kernel writes it
-
-    def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
-        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-        assert cu_seqlens_q[0] == 0
-        assert cu_seqlens_q[-1] == len(q)
-        sizes = cu_seqlens_q.diff().tolist()
-        assert max(sizes) <= max_seqlen_q == max_seqlen_k
-        parts = zip(*(x.split(sizes) for x in (q, k, v)), strict=True)
-        return torch.cat([flash_attn_func(*(x[None] for x in part), **options)[0][0] for part in parts]), None
-
-    module = ModuleType("flash_attn.cute")
-    module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
-    return module
-
-
-def test_heads_that_share_keys_and_see_different_things_need_a_mask(monkeypatch):
-    mask = replace(mask_of(lambda b, h, q, k: k <= q, 9, 9, heads=4, groups=2), local=(Local(), Local(window=3)) * 2)
-    assert not isinstance(FlashKernel().prepare(mask), list)

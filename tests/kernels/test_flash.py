@@ -1,0 +1,204 @@
+"""What flash-attn-4 computes by itself, with its functions written out here: the result is that of the mask."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from lctrain.kernels import flash
+from lctrain.kernels.flash import FlashKernel
+from lctrain.kernels.mask import Local, Mask
+from lctrain.kernels.reference import ReferenceKernel
+from lctrain.memory.recall import attend_once, recording, replaying
+
+
+def mask_of(visible, length, *, queries=None, **options):
+    """Of 4 heads, 2 of which share a key-value head."""
+    queries = queries or length
+    return Mask(
+        q_length=queries, kv_length=length, num_heads=4, num_key_value_groups=2, head_dim=16,
+        device=torch.device("cpu"), dtype=torch.float64, q_offset=length - queries,
+        allowed=lambda b, h, q, k: k <= q, visible=visible, **options,
+    )  # fmt: skip
+
+
+LOCAL = {
+    "causal": (Local(),),
+    "window": (Local(window=5),),
+    "groups": (Local(group=6),) * 2 + (Local(group=6, shift=3),) * 2,
+    "two windows": (Local(window=5),) * 2 + (Local(),) * 2,
+    "wide window": (Local(window=99),),
+    "sinks": (Local(window=5, num_sinks=3),),
+    "sinks of some heads": (Local(window=4, num_sinks=1),) * 2 + (Local(),) * 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "starts"),
+    [
+        (1, None),
+        (2, None),
+        (1, [[0] * 8 + [8] * 5 + [13] * 7]),
+        (2, [[0] * 8 + [8] * 5 + [13] * 7]),
+        (2, [[0] * 20, [0] + [1] * 19]),
+    ],
+)
+@pytest.mark.parametrize("name", LOCAL)
+def test_takes_local_heads_by_themselves(monkeypatch, name, num_rows, starts):
+    for module in written_out():
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("lctrain.kernels.sinks.MIN_CHUNK", 4)
+    tables = None if starts is None else (torch.tensor(starts, dtype=torch.int32),) * 2
+    positions = None if tables is None else (torch.arange(20, dtype=torch.int32) - tables[0],) * 2
+    local = LOCAL[name]
+
+    def visible(b, h, q, k):
+        own = [local[0 if len(local) == 1 else head] for head in range(4)]
+        window, num_sinks, group, shift = (
+            torch.tensor([getattr(each, field) or default for each in own])[h]
+            for field, default in (("window", 99), ("num_sinks", 0), ("group", 99), ("shift", 0))
+        )
+        return ((q - k < window) | (k < num_sinks)) & ((q + shift) // group == (k + shift) // group)
+
+    mask = mask_of(visible, 20, local=local, positions=positions, documents=tables, num_rows=num_rows)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(num_rows, n, 20, 16, generator=generator, dtype=torch.float64) for n in (4, 2, 2))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    results = []
+    for kernel in (FlashKernel(), ReferenceKernel()):
+        out = kernel.attend(q, k, v, kernel.prepare(mask), scaling=0.3, softcap=None)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    torch.testing.assert_close(*results)
+
+
+class Fused(torch.autograd.Function):
+    """Documents [T, H, D], in a window. Its backward takes output and log-sum-exp as they are kept, as kernels do."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, number, scaling, window):
+        ctx.number, ctx.scaling, ctx.window = number, scaling, window
+        scores = Fused.scores(ctx, q, k)
+        lse = scores.logsumexp(-1)
+        out = torch.einsum("hts,shd->thd", (scores - lse[..., None]).exp(), Fused.shared(v, q)).contiguous()
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, d_out, _):
+        q, k, v, out, lse = ctx.saved_tensors
+        weights = (Fused.scores(ctx, q, k) - lse[..., None]).exp()
+        d_weights = torch.einsum("thd,shd->hts", d_out, Fused.shared(v, q))
+        d_scores = weights * (d_weights - (d_out * out).sum(-1).T[..., None]) * ctx.scaling
+        d_q = torch.einsum("hts,shd->thd", d_scores, Fused.shared(k, q))
+        d_k = torch.einsum("hts,thd->shd", d_scores, q).unflatten(1, (k.shape[1], -1)).sum(2)
+        d_v = torch.einsum("hts,thd->shd", weights, d_out).unflatten(1, (k.shape[1], -1)).sum(2)
+        return d_q, d_k, d_v, None, None, None
+
+    @staticmethod
+    def shared(x, q):
+        return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+    @staticmethod
+    def scores(ctx, q, k):
+        i = torch.arange(len(q))
+        seen = (i <= i[:, None]) & (i[:, None] - i < ctx.window) & (ctx.number == ctx.number[:, None])
+        return torch.einsum("thd,shd->hts", q, Fused.shared(k, q)).mul(ctx.scaling).masked_fill(~seen, -torch.inf)
+
+
+def written_out():
+    """What flash-attn-4 documents, and the kernels of sinks, by torch's own operations on a CPU."""
+
+    def attend(q, k, v, sizes, *, softmax_scale, causal, window_size, return_lse):
+        left, right = window_size
+        assert causal
+        assert return_lse
+        assert right == 0
+        number = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        return Fused.apply(q, k, v, number, softmax_scale, 99 if left is None else left + 1)
+
+    def flash_attn_func(q, k, v, **options):
+        rows = q.shape[:2]
+        out_THD, lse_HT = attend(*(x.flatten(0, 1) for x in (q, k, v)), [rows[1]] * rows[0], **options)
+        return out_THD.unflatten(0, rows), lse_HT.unflatten(1, rows).transpose(0, 1)
+
+    def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        assert cu_seqlens_q[0] == 0
+        assert cu_seqlens_q[-1] == len(q)
+        sizes = cu_seqlens_q.diff().tolist()
+        assert max(sizes) <= max_seqlen_q == max_seqlen_k
+        return attend(q, k, v, sizes, **options)
+
+    def weights_of(sinks, q, k, scaling):
+        """Of each chunk: its document, its queries, its sinks, and the scores [H, queries, sinks]."""
+        for start, begin, end, document in sinks.chunks.tolist():
+            keys, rows = slice(start, start + sinks.num), slice(begin, end)
+            scores = torch.einsum("thd,shd->hts", q[rows], Fused.shared(k[keys], q)) * scaling
+            i, j = torch.arange(begin, end)[:, None], torch.arange(start, start + sinks.num)
+            yield document, rows, keys, scores.masked_fill(i - j < sinks.window, -torch.inf)
+
+    def merge(sinks, q, k, v, out, lse, *, scaling):
+        for _, rows, keys, scores in weights_of(sinks, q, k, scaling):
+            merged = torch.logaddexp(lse[:, rows], scores.logsumexp(-1))
+            added = torch.einsum("hts,shd->thd", (scores - merged[..., None]).exp(), Fused.shared(v[keys], q))
+            out[rows] = out[rows] * (lse[:, rows] - merged).exp().T[..., None] + added
+            lse[:, rows] = merged
+
+    def add_gradients(sinks, q, k, v, out, lse, d_out, d_q, *, scaling):
+        d_k, d_v = q.new_zeros(2, len(sinks.starts), sinks.num, *k.shape[1:])
+        for document, rows, keys, scores in weights_of(sinks, q, k, scaling):
+            weights = (scores - lse[:, rows, None]).exp()
+            d_weights = torch.einsum("thd,shd->hts", d_out[rows], Fused.shared(v[keys], q))
+            d_scores = weights * (d_weights - (d_out * out)[rows].sum(-1).T[..., None]) * scaling
+            d_q[rows] += torch.einsum("hts,shd->thd", d_scores, Fused.shared(k[keys], q))
+            d_k[document] += torch.einsum("hts,thd->shd", d_scores, q[rows]).unflatten(1, (k.shape[1], -1)).sum(2)
+            d_v[document] += torch.einsum("hts,thd->shd", weights, d_out[rows]).unflatten(1, (k.shape[1], -1)).sum(2)
+        return d_k, d_v
+
+    flash_attn_4, own = ModuleType("flash_attn.cute"), ModuleType("lctrain.kernels.sinks_triton")
+    flash_attn_4.flash_attn_func, flash_attn_4.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
+    own.merge, own.add_gradients = merge, add_gradients
+    return ModuleType("flash_attn"), flash_attn_4, own
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_sinks_in_a_layer_that_is_recomputed(monkeypatch, keep):
+    """What is written over the window's output is what the backward finds, kept or computed again."""
+    for module in written_out():
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    mask = mask_of(lambda b, h, q, k: (q - k < 5) | (k < 3), 20, local=(Local(window=5, num_sinks=3),))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 20, 16, generator=generator, dtype=torch.float64) for n in (4, 2, 2))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    results = []
+    for kernel in (FlashKernel(), ReferenceKernel()):
+        prepared, calls = kernel.prepare(mask), []
+
+        def attend(*qkv, kernel=kernel, prepared=prepared):
+            return kernel.attend(*qkv, prepared, scaling=0.3, softcap=None)
+
+        def layer(*qkv, attend=attend):
+            return attend_once(attend, *(2 * x for x in qkv)).sin()
+
+        def contexts(calls=calls):
+            return recording(calls, keep=keep), replaying(calls)
+
+        out = checkpoint(layer, q, k, v, use_reentrant=False, context_fn=contexts)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(
+    ("queries", "num_sinks"), [(20, 6), (20, 200), (7, 3)], ids=["more than the window", "too many", "a chunk"]
+)
+def test_other_sinks_need_a_mask(queries, num_sinks):
+    local = (Local(window=5, num_sinks=num_sinks),)
+    mask = mask_of(lambda b, h, q, k: (q - k < 5) | (k < num_sinks), 20, queries=queries, local=local)
+    assert flash._alike(mask, mask.local) is None
+
+
+def test_heads_that_share_keys_and_see_different_things_need_a_mask(monkeypatch):
+    mask = mask_of(lambda b, h, q, k: k <= q, 9, local=(Local(), Local(window=3)) * 2)
+    assert not isinstance(FlashKernel().prepare(mask), list)
