@@ -18,7 +18,7 @@ from lctrain.kernels.block_mask import BLOCK
 from lctrain.kernels.few_queries import FEW
 from lctrain.kernels.flex import FlexKernel
 from lctrain.kernels.mask import Local, Mask
-from lctrain.kernels.sinks import MAX_SINKS, Sinks, find_sinks, with_sinks
+from lctrain.kernels.sinks import MAX_NUMBERS, Sinks, find_sinks, with_sinks
 from lctrain.kernels.together import together
 
 HOPPER = 9  # compute capability; others are not tested here
@@ -102,19 +102,19 @@ def _attend(part: Alike, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, *, scal
 def _fused(
     part: Alike, batch: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """The output, and the log-sum-exp [H, T], but of several whole rows the first one's only."""
+    """The output, and the log-sum-exp [B, H, L] of rows, which documents make one."""
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
     window = (None if part.window is None else part.window - 1, 0)
     options: dict[str, Any] = {"softmax_scale": scaling, "causal": True, "window_size": window, "return_lse": True}
     if part.cu_seqlens is None:
         out_BLHD, lse_BHL = flash_attn_func(*(x.unflatten(0, (batch, -1)) for x in (q_THD, k_TKD, v_TKD)), **options)
-        return out_BLHD.flatten(0, 1), lse_BHL[0]
+        return out_BLHD.flatten(0, 1), lse_BHL
     out_THD, lse_HT = flash_attn_varlen_func(
         q_THD, k_TKD, v_TKD, cu_seqlens_q=part.cu_seqlens, cu_seqlens_k=part.cu_seqlens,
         max_seqlen_q=part.max_length, max_seqlen_k=part.max_length, **options,
     )  # fmt: skip
-    return out_THD, lse_HT
+    return out_THD, lse_HT[None]
 
 
 def _alike(mask: Mask, local: tuple[Local, ...]) -> list[Alike] | None:
@@ -127,7 +127,7 @@ def _alike(mask: Mask, local: tuple[Local, ...]) -> list[Alike] | None:
         return None
     if not mask.square and any(one.group is not None or one.num_sinks for one in local):
         return None
-    if any(one.num_sinks > min(MAX_SINKS, one.window or MAX_SINKS) for one in local):
+    if any(one.num_sinks > (one.window or 0) or one.num_sinks * mask.head_dim > MAX_NUMBERS for one in local):
         return None
     parts = []
     for (own, *_), same in groupby(by_kv_head):
@@ -145,7 +145,7 @@ def _alike(mask: Mask, local: tuple[Local, ...]) -> list[Alike] | None:
 
 def _cu_seqlens(mask: Mask, local: Local) -> Tensor | None:
     """The index of each group's or document's first token among those of all rows, and their number at the end."""
-    if mask.documents is None and local.group is None and not (local.num_sinks and mask.num_rows > 1):
+    if mask.documents is None and local.group is None:
         return None
     index = torch.arange(mask.q_length, device=mask.device)[None]
     begins = index == 0  # a row

@@ -5,8 +5,8 @@ exp(l − l') · (the window's) + Σ exp(s − l') v over the sinks. The window'
 the products of output and gradient from what its forward saved: with the merged output and l' written over those, it
 gives the gradients that its own keys have in the whole, and the sinks' are added to them.
 
-Shape legend: T tokens of all rows, H query heads, K key-value heads, D head dim, P documents with queries that see no
-sink in their window, N chunks of those queries, S sinks.
+Shape legend: B rows of L tokens, T of them all, H query heads, K key-value heads, D head dim, P documents of a row with
+queries that see no sink in their window, N chunks of those queries, S sinks.
 """
 
 from collections.abc import Callable
@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-MAX_SINKS = 128  # that a program holds, with the sums of their gradients
+MAX_NUMBERS = 2**14  # of a head's sinks, which a program holds with the sums of their gradients
 NUM_CHUNKS = 128  # of a long document: with its key-value heads enough to fill a card
 MIN_CHUNK = 128
 
 Window = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(q_THD, k_TKD, v_TKD) -> out_THD, of which its backward asks, and the natural log-sum-exp of each query, [H, T]."""
+"""(q_THD, k_TKD, v_TKD) -> out_THD and the natural log-sum-exp [B, H, L] of each query, both saved for its backward."""
 
 
 class Sinks(NamedTuple):
-    """The first `num` tokens of a document, for queries behind which they are out of the window of `window` tokens."""
+    """The first `num` tokens of a document, for its queries behind the first `window`. All rows are alike."""
 
     num: int
     window: int
@@ -55,10 +55,10 @@ def with_sinks(attend: Window, sinks: Sinks, q_THD: Tensor, k_TKD: Tensor, v_TKD
 
     handed: list[Tensor] = []
     q_THD, k_TKD, v_TKD = _Begin.apply(handed, sinks, scaling, q_THD, k_TKD, v_TKD)  # type: ignore[no-untyped-call]
-    out_THD, lse_HT = attend(q_THD, k_TKD, v_TKD)
+    out_THD, lse_BHL = attend(q_THD, k_TKD, v_TKD)
     # `data`, because the window's backward must find what is written now, and not call it changed.
-    merge(sinks, *(x.data for x in (q_THD, k_TKD, v_TKD, out_THD, lse_HT)), scaling=scaling)
-    ended: Tensor = _End.apply(handed, out_THD, lse_HT)  # type: ignore[no-untyped-call]
+    merge(sinks, *(x.data for x in (q_THD, k_TKD, v_TKD, out_THD, lse_BHL)), scaling=scaling)
+    ended: Tensor = _End.apply(handed, out_THD, lse_BHL)  # type: ignore[no-untyped-call]
     return ended
 
 
@@ -76,12 +76,15 @@ class _Begin(torch.autograd.Function):
         from lctrain.kernels.sinks_triton import add_gradients
 
         sinks: Sinks = ctx.sinks
-        given = [*ctx.saved_tensors, *ctx.handed, d_qkv[0]]
+        out_THD, lse_BHL, d_out_THD = ctx.handed
         ctx.handed.clear()
+        given = [*ctx.saved_tensors, out_THD, lse_BHL, d_out_THD, d_qkv[0]]
         sums = add_gradients(sinks, *given, scaling=ctx.scaling)
-        rows = (sinks.starts[:, None] + torch.arange(sinks.num, device=sinks.starts.device)).flatten()
-        for gradient_TKD, sum_PSKD in zip(d_qkv[1:], sums, strict=True):
-            gradient_TKD.index_add_(0, rows, sum_PSKD.flatten(0, 1).to(gradient_TKD.dtype))
+        num_rows, _, length = lse_BHL.shape
+        rows = torch.arange(num_rows, device=lse_BHL.device)[:, None, None] * length
+        tokens_BPS = rows + sinks.starts[:, None] + torch.arange(sinks.num, device=lse_BHL.device)
+        for gradient_TKD, sum_BPSKD in zip(d_qkv[1:], sums, strict=True):
+            gradient_TKD.index_add_(0, tokens_BPS.flatten(), sum_BPSKD.flatten(0, 2).to(gradient_TKD.dtype))
         return None, None, None, *d_qkv
 
 
@@ -89,9 +92,9 @@ class _End(torch.autograd.Function):
     """The first of the backward: hands the output and its gradient to the other."""
 
     @staticmethod
-    def forward(ctx: Any, handed: list[Tensor], out_THD: Tensor, lse_HT: Tensor) -> Tensor:
+    def forward(ctx: Any, handed: list[Tensor], out_THD: Tensor, lse_BHL: Tensor) -> Tensor:
         ctx.handed = handed
-        ctx.save_for_backward(out_THD, lse_HT)
+        ctx.save_for_backward(out_THD, lse_BHL)
         return out_THD.view_as(out_THD)
 
     @staticmethod

@@ -1,6 +1,6 @@
 """The few keys that all queries see: read once by a program, which then walks a chunk of queries.
 
-Shape legend: as in sinks; S sinks, G query heads of a key-value head.
+Shape legend: as in sinks; G query heads of a key-value head.
 """
 
 from typing import Any
@@ -14,35 +14,36 @@ from lctrain.kernels.sinks import Sinks
 
 MIN_SINKS = 16  # what tensor cores take
 BLOCK = 64  # queries at once
+LARGE = 2**13  # numbers of the sinks' keys, whose sums of gradients would fill the registers of four warps
 LN_2 = tl.constexpr(0.6931471805599453)
 
-VARIES = ["total", "window"]  # one kernel serves all
+VARIES = ["length", "window", "num_documents"]  # one kernel serves all
 
 
 @triton.jit(do_not_specialize=VARIES)  # type: ignore[untyped-decorator]
 def _merge(  # type: ignore[no-untyped-def]
-    q, k, v, out, lse, chunks, total, window, scaling_log2,
+    q, k, v, out, lse, chunks, length, window, scaling_log2,
     q_token, q_head, k_token, k_head, v_token, v_head, out_token, out_head,
     NUM: tl.constexpr, SINKS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes the output and log-sum-exp of a chunk's window and sinks over those of its window."""
-    chunk, head = tl.program_id(0), tl.program_id(1)
+    chunk, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start, begin, end = tl.load(chunks + 4 * chunk), tl.load(chunks + 4 * chunk + 1), tl.load(chunks + 4 * chunk + 2)
     m, n, d = tl.arange(0, BLOCK), tl.arange(0, SINKS), tl.arange(0, WIDTH)
     held = (n[:, None] < NUM) & (d[None] < D)
-    sink = (start + n[:, None]).to(tl.int64)
+    sink = row * length + start + n[:, None]
     keys = tl.load(k + sink * k_token + head // G * k_head + d[None], mask=held, other=0.0)
     values = tl.load(v + sink * v_token + head // G * v_head + d[None], mask=held, other=0.0)
     for first in tl.range(begin, end, BLOCK):
-        rows = first + m
-        token = rows[:, None].to(tl.int64)
-        valid = (rows[:, None] < end) & (d[None] < D)
+        index = first + m
+        token = row * length + index[:, None]
+        valid = (index[:, None] < end) & (d[None] < D)
         queries = tl.load(q + token * q_token + head * q_head + d[None], mask=valid, other=0.0)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scaling_log2
-        seen = (rows[:, None] - start - n[None] >= window) & (n[None] < NUM)
+        seen = (index[:, None] - start - n[None] >= window) & (n[None] < NUM)
         scores = tl.where(seen, scores, -float("inf"))
-        place = lse + head.to(tl.int64) * total + rows
-        before = tl.load(place, mask=rows < end, other=0.0) / LN_2
+        place = lse + (row * tl.num_programs(1) + head) * length + index
+        before = tl.load(place, mask=index < end, other=0.0) / LN_2
         most = tl.maximum(before, tl.max(scores, 1))
         faded, weights = tl.exp2(before - most), tl.exp2(scores - most[:, None])
         sums = faded + tl.sum(weights, 1)
@@ -50,22 +51,22 @@ def _merge(  # type: ignore[no-untyped-def]
         tile = tl.load(spot, mask=valid, other=0.0)
         added = tl.dot((weights / sums[:, None]).to(values.dtype), values, input_precision="ieee")
         tl.store(spot, (tile * (faded / sums)[:, None] + added).to(tile.dtype), mask=valid)
-        tl.store(place, (most + tl.log2(sums)) * LN_2, mask=rows < end)
+        tl.store(place, (most + tl.log2(sums)) * LN_2, mask=index < end)
 
 
 @triton.jit(do_not_specialize=VARIES)  # type: ignore[untyped-decorator]
 def _gradients(  # type: ignore[no-untyped-def]
-    q, k, v, out, lse, d_out, d_q, d_k, d_v, chunks, total, window, scaling, scaling_log2,
+    q, k, v, out, lse, d_out, d_q, d_k, d_v, chunks, length, window, num_documents, scaling, scaling_log2,
     q_token, q_head, k_token, k_head, v_token, v_head, out_token, out_head,
     d_out_token, d_out_head, d_q_token, d_q_head,
     NUM: tl.constexpr, SINKS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds to a chunk's dq, and to the dk and dv [P, S, K, D] of its document. A program takes all that share a key."""
-    chunk, kv_head = tl.program_id(0), tl.program_id(1)
+    """Adds to a chunk's dq, and to its document's dk and dv [B, P, S, K, D]; of all query heads that share a key."""
+    chunk, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     start, begin, end = tl.load(chunks + 4 * chunk), tl.load(chunks + 4 * chunk + 1), tl.load(chunks + 4 * chunk + 2)
     m, n, d = tl.arange(0, BLOCK), tl.arange(0, SINKS), tl.arange(0, WIDTH)
     held = (n[:, None] < NUM) & (d[None] < D)
-    sink = (start + n[:, None]).to(tl.int64)
+    sink = row * length + start + n[:, None]
     keys = tl.load(k + sink * k_token + kv_head * k_head + d[None], mask=held, other=0.0)
     values = tl.load(v + sink * v_token + kv_head * v_head + d[None], mask=held, other=0.0)
     sum_k = tl.zeros([SINKS, WIDTH], tl.float32)
@@ -73,17 +74,17 @@ def _gradients(  # type: ignore[no-untyped-def]
     per_head = tl.cdiv(end - begin, BLOCK)
     for step in tl.range(0, G * per_head):
         head = kv_head * G + step // per_head
-        rows = begin + step % per_head * BLOCK + m
-        token = rows[:, None].to(tl.int64)
-        valid = (rows[:, None] < end) & (d[None] < D)
+        index = begin + step % per_head * BLOCK + m
+        token = row * length + index[:, None]
+        valid = (index[:, None] < end) & (d[None] < D)
         queries = tl.load(q + token * q_token + head * q_head + d[None], mask=valid, other=0.0)
         upstream = tl.load(d_out + token * d_out_token + head * d_out_head + d[None], mask=valid, other=0.0)
         tile = tl.load(out + token * out_token + head * out_head + d[None], mask=valid, other=0.0)
         delta = tl.sum(tile.to(tl.float32) * upstream.to(tl.float32), 1)
-        place = lse + head.to(tl.int64) * total + rows
-        whole = tl.load(place, mask=rows < end, other=0.0) / LN_2
+        place = lse + (row * tl.num_programs(1) * G + head) * length + index
+        whole = tl.load(place, mask=index < end, other=0.0) / LN_2
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scaling_log2
-        seen = (rows[:, None] - start - n[None] >= window) & (n[None] < NUM)
+        seen = (index[:, None] - start - n[None] >= window) & (n[None] < NUM)
         weights = tl.where(seen, tl.exp2(scores - whole[:, None]), 0.0)
         d_weights = tl.dot(upstream, tl.trans(values), input_precision="ieee")
         d_scores = (weights * (d_weights - delta[:, None]) * scaling).to(queries.dtype)
@@ -92,18 +93,19 @@ def _gradients(  # type: ignore[no-untyped-def]
         spot = d_q + token * d_q_token + head * d_q_head + d[None]
         added = tl.dot(d_scores, keys, input_precision="ieee")
         tl.store(spot, (tl.load(spot, mask=valid, other=0.0) + added).to(queries.dtype), mask=valid)
-    document = tl.load(chunks + 4 * chunk + 3).to(tl.int64)
+    document = row * num_documents + tl.load(chunks + 4 * chunk + 3)
     place = ((document * NUM + n[:, None]) * tl.num_programs(1) + kv_head) * D + d[None]
     tl.atomic_add(d_k + place, sum_k, mask=held, sem="relaxed")
     tl.atomic_add(d_v + place, sum_v, mask=held, sem="relaxed")
 
 
 def merge(
-    sinks: Sinks, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, out_THD: Tensor, lse_HT: Tensor, *, scaling: float
+    sinks: Sinks, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, out_THD: Tensor, lse_BHL: Tensor, *, scaling: float
 ) -> None:
     """Writes output and log-sum-exp of window and sinks over those of the window."""
-    _merge[(len(sinks.chunks), q_THD.shape[1])](
-        q_THD, k_TKD, v_TKD, out_THD, lse_HT, sinks.chunks, lse_HT.shape[1], sinks.window, scaling / LN_2.value,
+    assert lse_BHL.is_contiguous()
+    _merge[(len(sinks.chunks), q_THD.shape[1], lse_BHL.shape[0])](
+        q_THD, k_TKD, v_TKD, out_THD, lse_BHL, sinks.chunks, lse_BHL.shape[2], sinks.window, scaling / LN_2.value,
         *_strides(q_THD, k_TKD, v_TKD, out_THD), **_shape(sinks, q_THD, k_TKD),
     )  # fmt: skip
 
@@ -114,18 +116,22 @@ def add_gradients(
     k_TKD: Tensor,
     v_TKD: Tensor,
     out_THD: Tensor,
-    lse_HT: Tensor,
+    lse_BHL: Tensor,
     d_out_THD: Tensor,
     d_q_THD: Tensor,
     *,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    """Adds the sinks' share to dq; returns theirs of dk and dv in fp32, [P, S, K, D]."""
-    d_k, d_v = torch.zeros(2, len(sinks.starts), sinks.num, *k_TKD.shape[1:], device=q_THD.device)
-    _gradients[(len(sinks.chunks), k_TKD.shape[1])](
-        q_THD, k_TKD, v_TKD, out_THD, lse_HT, d_out_THD, d_q_THD, d_k, d_v, sinks.chunks, lse_HT.shape[1], sinks.window,
-        scaling, scaling / LN_2.value, *_strides(q_THD, k_TKD, v_TKD, out_THD, d_out_THD, d_q_THD),
-        **_shape(sinks, q_THD, k_TKD),
+    """Adds the sinks' share to dq; returns theirs of dk and dv in fp32, [B, P, S, K, D]."""
+    num_rows, num_documents, num_kv_heads = len(lse_BHL), len(sinks.starts), k_TKD.shape[1]
+    shape = _shape(sinks, q_THD, k_TKD)
+    large = {"num_warps": 8, "BLOCK": 2 * BLOCK if shape["WIDTH"] <= 128 else BLOCK}
+    d_k, d_v = torch.zeros(2, num_rows, num_documents, sinks.num, *k_TKD.shape[1:], device=q_THD.device)
+    _gradients[(len(sinks.chunks), num_kv_heads, num_rows)](
+        q_THD, k_TKD, v_TKD, out_THD, lse_BHL, d_out_THD, d_q_THD, d_k, d_v, sinks.chunks, lse_BHL.shape[2],
+        sinks.window, num_documents, scaling, scaling / LN_2.value,
+        *_strides(q_THD, k_TKD, v_TKD, out_THD, d_out_THD, d_q_THD),
+        **shape | (large if shape["SINKS"] * shape["WIDTH"] > LARGE else {}),
     )  # fmt: skip
     return d_k, d_v
 

@@ -62,7 +62,9 @@ def check(name, mask, heads, softcap=None):
     generator = torch.Generator("cuda").manual_seed(0)
     kv = heads.num_key_value_heads
     inputs = [
-        torch.randn(1, mask.q_length, n, heads.head_dim, device="cuda", generator=generator).bfloat16().transpose(1, 2)
+        torch.randn(mask.num_rows, mask.q_length, n, heads.head_dim, device="cuda", generator=generator)
+        .bfloat16()
+        .transpose(1, 2)
         for n in (heads.num_attention_heads, kv, kv, heads.num_attention_heads)
     ]
     expected = run(ReferenceKernel(), mask, inputs, torch.float32, softcap)
@@ -81,6 +83,16 @@ def check(name, mask, heads, softcap=None):
 def test_equals_the_reference(kernel, method, shape, documents):
     kernel_for(kernel, SHAPES[shape])
     check(kernel, row_mask(METHODS[method], 1000, SHAPES[shape], documents, "cuda"), SHAPES[shape])
+
+
+@pytest.mark.parametrize("documents", [[1000], [300, 1, 699]], ids=["alone", "packed"])
+@pytest.mark.parametrize(("shape", "num_sinks"), [("64", 200), ("128", 100), ("256", 64)])
+def test_many_sinks_and_rows(shape, num_sinks, documents):
+    kernel_for("flash", SHAPES[shape])
+    method = StreamingAttention(num_sink_tokens=num_sinks, recent_size=200)
+    mask = replace(row_mask(method, 1000, SHAPES[shape], documents, "cuda"), num_rows=2)
+    assert isinstance(KERNELS["flash"]().prepare(mask), list)  # no mask
+    check("flash", mask, SHAPES[shape])
 
 
 @pytest.mark.parametrize("method", ["full", "streaming"])

@@ -1,6 +1,7 @@
 """What flash-attn-4 computes by itself, with its functions written out here: the result is that of the mask."""
 
 import sys
+from itertools import product
 from types import ModuleType
 
 import pytest
@@ -77,24 +78,26 @@ class Fused(torch.autograd.Function):
     """Documents [T, H, D], in a window. Its backward takes output and log-sum-exp as they are kept, as kernels do."""
 
     @staticmethod
-    def forward(ctx, q, k, v, number, scaling, window):
+    def forward(ctx, q, k, v, number, num_rows, scaling, window):
         ctx.number, ctx.scaling, ctx.window = number, scaling, window
         scores = Fused.scores(ctx, q, k)
         lse = scores.logsumexp(-1)
         out = torch.einsum("hts,shd->thd", (scores - lse[..., None]).exp(), Fused.shared(v, q)).contiguous()
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out, lse
+        lse_BHL = lse.unflatten(1, (num_rows, -1)).transpose(0, 1).contiguous()
+        ctx.save_for_backward(q, k, v, out, lse_BHL)
+        return out, lse_BHL
 
     @staticmethod
     def backward(ctx, d_out, _):
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse_BHL = ctx.saved_tensors
+        lse = lse_BHL.transpose(0, 1).flatten(1)
         weights = (Fused.scores(ctx, q, k) - lse[..., None]).exp()
         d_weights = torch.einsum("thd,shd->hts", d_out, Fused.shared(v, q))
         d_scores = weights * (d_weights - (d_out * out).sum(-1).T[..., None]) * ctx.scaling
         d_q = torch.einsum("hts,shd->thd", d_scores, Fused.shared(k, q))
         d_k = torch.einsum("hts,thd->shd", d_scores, q).unflatten(1, (k.shape[1], -1)).sum(2)
         d_v = torch.einsum("hts,thd->shd", weights, d_out).unflatten(1, (k.shape[1], -1)).sum(2)
-        return d_q, d_k, d_v, None, None, None
+        return d_q, d_k, d_v, None, None, None, None
 
     @staticmethod
     def shared(x, q):
@@ -110,18 +113,18 @@ class Fused(torch.autograd.Function):
 def written_out():
     """What flash-attn-4 documents, and the kernels of sinks, by torch's own operations on a CPU."""
 
-    def attend(q, k, v, sizes, *, softmax_scale, causal, window_size, return_lse):
+    def attend(q, k, v, sizes, num_rows, *, softmax_scale, causal, window_size, return_lse):
         left, right = window_size
         assert causal
         assert return_lse
         assert right == 0
         number = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-        return Fused.apply(q, k, v, number, softmax_scale, 99 if left is None else left + 1)
+        return Fused.apply(q, k, v, number, num_rows, softmax_scale, 99 if left is None else left + 1)
 
     def flash_attn_func(q, k, v, **options):
-        rows = q.shape[:2]
-        out_THD, lse_HT = attend(*(x.flatten(0, 1) for x in (q, k, v)), [rows[1]] * rows[0], **options)
-        return out_THD.unflatten(0, rows), lse_HT.unflatten(1, rows).transpose(0, 1)
+        num_rows, length = q.shape[:2]
+        out_THD, lse_BHL = attend(*(x.flatten(0, 1) for x in (q, k, v)), [length] * num_rows, num_rows, **options)
+        return out_THD.unflatten(0, (num_rows, length)), lse_BHL
 
     def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
         assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
@@ -129,27 +132,30 @@ def written_out():
         assert cu_seqlens_q[-1] == len(q)
         sizes = cu_seqlens_q.diff().tolist()
         assert max(sizes) <= max_seqlen_q == max_seqlen_k
-        return attend(q, k, v, sizes, **options)
+        out_THD, lse_BHL = attend(q, k, v, sizes, 1, **options)
+        return out_THD, lse_BHL[0]
 
-    def weights_of(sinks, q, k, scaling):
-        """Of each chunk: its document, its queries, its sinks, and the scores [H, queries, sinks]."""
-        for start, begin, end, document in sinks.chunks.tolist():
-            keys, rows = slice(start, start + sinks.num), slice(begin, end)
+    def parts(sinks, q, k, lse, scaling):
+        """Of each chunk of each row: its document, queries, sinks, their sums, and the scores [H, queries, sinks]."""
+        for row, (start, begin, end, document) in product(range(len(lse)), sinks.chunks.tolist()):
+            first = row * lse.shape[2]
+            keys, rows = slice(first + start, first + start + sinks.num), slice(first + begin, first + end)
             scores = torch.einsum("thd,shd->hts", q[rows], Fused.shared(k[keys], q)) * scaling
             i, j = torch.arange(begin, end)[:, None], torch.arange(start, start + sinks.num)
-            yield document, rows, keys, scores.masked_fill(i - j < sinks.window, -torch.inf)
+            scores = scores.masked_fill(i - j < sinks.window, -torch.inf)
+            yield (row, document), rows, keys, lse[row, :, begin:end], scores
 
     def merge(sinks, q, k, v, out, lse, *, scaling):
-        for _, rows, keys, scores in weights_of(sinks, q, k, scaling):
-            merged = torch.logaddexp(lse[:, rows], scores.logsumexp(-1))
+        for _, rows, keys, before, scores in parts(sinks, q, k, lse, scaling):
+            merged = torch.logaddexp(before, scores.logsumexp(-1))
             added = torch.einsum("hts,shd->thd", (scores - merged[..., None]).exp(), Fused.shared(v[keys], q))
-            out[rows] = out[rows] * (lse[:, rows] - merged).exp().T[..., None] + added
-            lse[:, rows] = merged
+            out[rows] = out[rows] * (before - merged).exp().T[..., None] + added
+            before.copy_(merged)
 
     def add_gradients(sinks, q, k, v, out, lse, d_out, d_q, *, scaling):
-        d_k, d_v = q.new_zeros(2, len(sinks.starts), sinks.num, *k.shape[1:])
-        for document, rows, keys, scores in weights_of(sinks, q, k, scaling):
-            weights = (scores - lse[:, rows, None]).exp()
+        d_k, d_v = q.new_zeros(2, len(lse), len(sinks.starts), sinks.num, *k.shape[1:])
+        for document, rows, keys, whole, scores in parts(sinks, q, k, lse, scaling):
+            weights = (scores - whole[..., None]).exp()
             d_weights = torch.einsum("thd,shd->hts", d_out[rows], Fused.shared(v[keys], q))
             d_scores = weights * (d_weights - (d_out * out)[rows].sum(-1).T[..., None]) * scaling
             d_q[rows] += torch.einsum("hts,shd->thd", d_scores, Fused.shared(k[keys], q))
@@ -191,12 +197,16 @@ def test_sinks_in_a_layer_that_is_recomputed(monkeypatch, keep):
 
 
 @pytest.mark.parametrize(
-    ("queries", "num_sinks"), [(20, 6), (20, 200), (7, 3)], ids=["more than the window", "too many", "a chunk"]
+    ("length", "queries", "num_sinks", "window"),
+    [(20, 20, 6, 5), (3000, 3000, 1200, 1500), (20, 7, 3, 5)],
+    ids=["more than the window", "more than a program holds", "a chunk"],
 )
-def test_other_sinks_need_a_mask(queries, num_sinks):
-    local = (Local(window=5, num_sinks=num_sinks),)
-    mask = mask_of(lambda b, h, q, k: (q - k < 5) | (k < num_sinks), 20, queries=queries, local=local)
-    assert flash._alike(mask, mask.local) is None
+def test_other_sinks_need_a_mask(queries, num_sinks, window):
+    local = (Local(window=window, num_sinks=num_sinks),)
+    mask = mask_of(
+        lambda b, h, q, k: (q - k < window) | (k < num_sinks), max(20, queries), queries=queries, local=local
+    )
+    assert flash._alike(mask, local) is None
 
 
 def test_heads_that_share_keys_and_see_different_things_need_a_mask(monkeypatch):
