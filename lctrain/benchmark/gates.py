@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lctrain.attention.duo import DuoAttention
-from lctrain.benchmark.measure import forget, now, peaks
+from lctrain.benchmark.measure import forget, now, peak_memory
 from lctrain.benchmark.points import DOES_NOT_FIT
 from lctrain.benchmark.random_model import RandomModel
 from lctrain.benchmark.step import write
@@ -98,7 +98,7 @@ def _measured(cfg: DictConfig, module: LongContextModule, way: Way, length: int)
         row = _train(cfg, module, recipe, way, _rows(cfg, recipe, device, length))
     except (torch.OutOfMemoryError, DoesNotFit):
         return {"seconds": [], "error": DOES_NOT_FIT}
-    return row | {"device_memory": peaks(device)[0], "memory": str(recipe.memory)}
+    return row | {"device_memory": peak_memory(device), "memory": str(recipe.memory)}
 
 
 def _recipe(cfg: DictConfig, recipe: ModelRecipe, way: Way, device: torch.device, length: int) -> RandomModel:

@@ -35,7 +35,7 @@ class Measured:
     seconds: list[float]
     loss: float
     device_memory: float
-    pinned_memory: float  # on the host, for the device
+    pinned_memory: float  # that a step asks of the host, for the device
     host_memory: float  # of the process since it began
     memory: str
 
@@ -51,9 +51,11 @@ class _Clock(Callback):
         self.seconds: list[float] = []
         self._warm_up, self._budget = warm_up, budget
         self.loss = float("nan")
-        self._start = 0.0
+        self.pinned = 0
+        self._start, self._pinned_before = 0.0, 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._pinned_before = _pinned_so_far(pl_module.device)
         synchronize(pl_module.device)
         self._start = time.perf_counter()
 
@@ -62,6 +64,7 @@ class _Clock(Callback):
     ) -> None:
         synchronize(pl_module.device)
         self.seconds.append(time.perf_counter() - self._start)
+        self.pinned = max(self.pinned, _pinned_so_far(pl_module.device) - self._pinned_before)
         self.loss = float(outputs["loss"])
         enough = is_enough(self.seconds[self._warm_up :], self._budget)
         trainer.should_stop |= trainer.strategy.reduce_boolean_decision(enough, all=False)  # ranks stop together
@@ -107,7 +110,7 @@ def measure(
         if warm_up and cfg.warm_up_length:
             batches[:warm_up] = _batches(module.recipe, min(length, cfg.warm_up_length), warm_up, mesh)
         trainer.fit(module, datamodule=_Rows(batches, mesh))
-        peak, pinned = peaks(device)
+        peak = peak_memory(device)
     finally:
         trainer.strategy.teardown()
         del module, trainer
@@ -121,7 +124,7 @@ def measure(
         seconds=clock.seconds[warm_up:],
         loss=clock.loss,
         device_memory=peak,
-        pinned_memory=pinned,
+        pinned_memory=clock.pinned / GIB,
         host_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
         memory=str(memory_used),
     )
@@ -194,20 +197,22 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def peaks(device: torch.device) -> tuple[float, float]:
-    """The most that was held since `forget`, in GiB: on a card, and on the host in pinned memory."""
-    if device.type != "cuda":
-        return 0.0, 0.0
-    return torch.cuda.max_memory_allocated(device) / GIB, torch.cuda.host_memory_stats()["active_bytes.peak"] / GIB
+def peak_memory(device: torch.device) -> float:
+    """The most that was held on a card since `forget`, in GiB."""
+    return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
+
+
+def _pinned_so_far(device: torch.device) -> int:
+    """Bytes of pinned memory ever handed out. What is held cannot be told: torch counts a block as free when it next
+    looks for one of its size.
+    """
+    return int(torch.cuda.host_memory_stats()["active_bytes.allocated"]) if device.type == "cuda" else 0
 
 
 def forget(device: torch.device) -> None:
-    """What nobody holds any more is free, and peaks are counted anew."""
+    """What nobody holds any more is free, and the peak is counted anew."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.init()  # which a peak that nobody has asked for yet needs
-        synchronize(device)
-        torch.empty(1, pin_memory=True)  # only then are blocks counted as free whose copies are done
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        torch.cuda.reset_peak_host_memory_stats()

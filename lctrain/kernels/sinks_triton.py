@@ -13,8 +13,10 @@ from torch import Tensor
 from lctrain.kernels.sinks import Sinks
 
 MIN_SINKS = 16  # what tensor cores take
-BLOCK = 64  # queries at once
-LARGE = 2**13  # numbers of the sinks' keys, whose sums of gradients would fill the registers of four warps
+MERGE = {"BLOCK": 64, "num_warps": 4, "num_stages": 2}
+GRADIENTS = {"BLOCK": 64, "num_warps": 4, "num_stages": 2}
+MANY = {"BLOCK": 128, "num_warps": 8, "num_stages": 2}  # gradients that would fill the registers of four warps
+WIDE = {"BLOCK": 64, "num_stages": 1}  # head dimensions above 128
 LN_2 = tl.constexpr(0.6931471805599453)
 
 VARIES = ["length", "window", "num_documents"]  # one kernel serves all
@@ -83,15 +85,16 @@ def _gradients(  # type: ignore[no-untyped-def]
         delta = tl.sum(tile.to(tl.float32) * upstream.to(tl.float32), 1)
         place = lse + (row * tl.num_programs(1) * G + head) * length + index
         whole = tl.load(place, mask=index < end, other=0.0) / LN_2
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scaling_log2
-        seen = (index[:, None] - start - n[None] >= window) & (n[None] < NUM)
-        weights = tl.where(seen, tl.exp2(scores - whole[:, None]), 0.0)
-        d_weights = tl.dot(upstream, tl.trans(values), input_precision="ieee")
-        d_scores = (weights * (d_weights - delta[:, None]) * scaling).to(queries.dtype)
-        sum_v += tl.dot(tl.trans(weights.to(upstream.dtype)), upstream, input_precision="ieee")
-        sum_k += tl.dot(tl.trans(d_scores), queries, input_precision="ieee")
+        # Sinks by queries: so the weights are what the sums multiply next, as they are.
+        scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scaling_log2
+        seen = (index[None] - start - n[:, None] >= window) & (n[:, None] < NUM)
+        weights = tl.where(seen, tl.exp2(scores - whole[None]), 0.0)
+        d_weights = tl.dot(values, tl.trans(upstream), input_precision="ieee")
+        d_scores = (weights * (d_weights - delta[None]) * scaling).to(queries.dtype)
+        sum_v += tl.dot(weights.to(upstream.dtype), upstream, input_precision="ieee")
+        sum_k += tl.dot(d_scores, queries, input_precision="ieee")
         spot = d_q + token * d_q_token + head * d_q_head + d[None]
-        added = tl.dot(d_scores, keys, input_precision="ieee")
+        added = tl.dot(tl.trans(d_scores), keys, input_precision="ieee")
         tl.store(spot, (tl.load(spot, mask=valid, other=0.0) + added).to(queries.dtype), mask=valid)
     document = row * num_documents + tl.load(chunks + 4 * chunk + 3)
     place = ((document * NUM + n[:, None]) * tl.num_programs(1) + kv_head) * D + d[None]
@@ -106,7 +109,7 @@ def merge(
     assert lse_BHL.is_contiguous()
     _merge[(len(sinks.chunks), q_THD.shape[1], lse_BHL.shape[0])](
         q_THD, k_TKD, v_TKD, out_THD, lse_BHL, sinks.chunks, lse_BHL.shape[2], sinks.window, scaling / LN_2.value,
-        *_strides(q_THD, k_TKD, v_TKD, out_THD), **_shape(sinks, q_THD, k_TKD),
+        *_strides(q_THD, k_TKD, v_TKD, out_THD), **_shape(sinks, q_THD, k_TKD, MERGE),
     )  # fmt: skip
 
 
@@ -124,14 +127,13 @@ def add_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Adds the sinks' share to dq; returns theirs of dk and dv in fp32, [B, P, S, K, D]."""
     num_rows, num_documents, num_kv_heads = len(lse_BHL), len(sinks.starts), k_TKD.shape[1]
-    shape = _shape(sinks, q_THD, k_TKD)
-    large = {"num_warps": 8, "BLOCK": 2 * BLOCK if shape["WIDTH"] <= 128 else BLOCK}
+    many = sinks.num * k_TKD.shape[2] > 2**13
     d_k, d_v = torch.zeros(2, num_rows, num_documents, sinks.num, *k_TKD.shape[1:], device=q_THD.device)
     _gradients[(len(sinks.chunks), num_kv_heads, num_rows)](
         q_THD, k_TKD, v_TKD, out_THD, lse_BHL, d_out_THD, d_q_THD, d_k, d_v, sinks.chunks, lse_BHL.shape[2],
         sinks.window, num_documents, scaling, scaling / LN_2.value,
         *_strides(q_THD, k_TKD, v_TKD, out_THD, d_out_THD, d_q_THD),
-        **shape | (large if shape["SINKS"] * shape["WIDTH"] > LARGE else {}),
+        **_shape(sinks, q_THD, k_TKD, MANY if many else GRADIENTS),
     )  # fmt: skip
     return d_k, d_v
 
@@ -141,15 +143,13 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [step for x in tensors for step in x.stride()[:2]]
 
 
-def _shape(sinks: Sinks, q_THD: Tensor, k_TKD: Tensor) -> dict[str, Any]:
+def _shape(sinks: Sinks, q_THD: Tensor, k_TKD: Tensor, config: dict[str, int]) -> dict[str, Any]:
     head_dim = q_THD.shape[2]
-    return {
+    shape = {
         "NUM": sinks.num,
         "SINKS": max(MIN_SINKS, triton.next_power_of_2(sinks.num)),
         "G": q_THD.shape[1] // k_TKD.shape[1],
         "D": head_dim,
         "WIDTH": triton.next_power_of_2(head_dim),
-        "BLOCK": BLOCK,
-        "num_warps": 4,
-        "num_stages": 2 if head_dim <= 128 else 1,
     }
+    return shape | config | (WIDE if head_dim > 128 else {})
