@@ -14,8 +14,8 @@ from lctrain.kernels.sinks import Sinks
 
 MIN_SINKS = 16  # what tensor cores take
 MERGE = {"BLOCK": 64, "num_warps": 4, "num_stages": 2}
-GRADIENTS = {"BLOCK": 64, "num_warps": 4, "num_stages": 2}
-MANY = {"BLOCK": 128, "num_warps": 8, "num_stages": 2}  # gradients that would fill the registers of four warps
+GRADIENTS = {"BLOCK": 32, "num_warps": 4, "num_stages": 1}
+MANY = {"BLOCK": 32, "num_warps": 8, "num_stages": 3}  # gradients that would fill the registers of four warps
 WIDE = {"BLOCK": 64, "num_stages": 1}  # head dimensions above 128
 LN_2 = tl.constexpr(0.6931471805599453)
 
