@@ -99,11 +99,11 @@ def measure(
         world_size=trainer.world_size,
         sequence_parallel_size=cfg.sequence_parallel_size,
     )
+    forget(device)  # before the plan asks what is free
     module = _module(cfg, length, device, memory, mesh)
     memory_used = module.recipe.memory
     module.recipe.check([length], device.type, mesh.sequence_parallel_size)
     module.check(device)
-    forget(device)
     torch.manual_seed(cfg.seed)
     try:
         batches: Any = _batches(module.recipe, length, warm_up + num_steps, mesh)
@@ -113,18 +113,19 @@ def measure(
         peak = peak_memory(device)
     finally:
         trainer.strategy.teardown()
-        del module, trainer
+        seconds, loss, pinned = clock.seconds[warm_up:], clock.loss, clock.pinned
+        del module, trainer, clock, callbacks  # Lightning binds the module's `log` to every callback
         forget(device)
-    if not isfinite(clock.loss):
-        raise RunError(f"the loss at {length} tokens is {clock.loss}")
+    if not isfinite(loss):
+        raise RunError(f"the loss at {length} tokens is {loss}")
     return Measured(
         length=length,
         warm_up=warm_up,
         num_rows=mesh.data_parallel_size,
-        seconds=clock.seconds[warm_up:],
-        loss=clock.loss,
+        seconds=seconds,
+        loss=loss,
         device_memory=peak,
-        pinned_memory=clock.pinned / GIB,
+        pinned_memory=pinned / GIB,
         host_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
         memory=str(memory_used),
     )

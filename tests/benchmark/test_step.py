@@ -1,13 +1,16 @@
 """Steps, lengths and traces of a tiny random model on a CPU; what they write, not how fast they are."""
 
+import gc
 import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from hydra.utils import instantiate
+from transformers import PreTrainedModel
 
 from lctrain.benchmark.length import LADDER
+from lctrain.benchmark.measure import measure
 from lctrain.benchmark.peers.whole_step import is_enough
 from lctrain.benchmark.random_model import RandomModel
 from lctrain.benchmark.run import main
@@ -100,6 +103,22 @@ def test_what_failed_is_tried_again_and_other_settings_are_other_points(tmp_path
 def test_memory_that_nothing_fits_is_a_row(tmp_path, what):
     run(what, tmp_path, "ladder=false", "memory=auto", "memory.device_memory=0.001")
     assert [row["error"] for row in written(tmp_path / f"{what}.jsonl")] == ["out of memory"]
+
+
+def test_nothing_is_left_of_what_was_measured():
+    """What is left would be missing from what the next plan finds free."""
+
+    def models():
+        return {id(x) for x in gc.get_objects() if isinstance(x, PreTrainedModel)}
+
+    gc.collect()
+    before = models()
+    gc.disable()
+    try:
+        measure(compose("benchmark", SMALL), 64, num_steps=1, warm_up=0)
+        assert models() <= before
+    finally:
+        gc.enable()
 
 
 def test_three_steps_are_enough_where_they_are_slow():
