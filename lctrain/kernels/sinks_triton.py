@@ -22,6 +22,21 @@ LN_2 = tl.constexpr(0.6931471805599453)
 VARIES = ["length", "window", "num_documents"]  # one kernel serves all
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _bounds(chunks, chunk):  # type: ignore[no-untyped-def]
+    """A document's first token, and from where to where its queries are."""
+    return tl.load(chunks + 4 * chunk), tl.load(chunks + 4 * chunk + 1), tl.load(chunks + 4 * chunk + 2)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _read(  # type: ignore[no-untyped-def]
+    start, stride, NUM: tl.constexpr, SINKS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """The sinks' keys or values of one head, [SINKS, WIDTH]."""
+    n, d = tl.arange(0, SINKS), tl.arange(0, WIDTH)
+    return tl.load(start + n[:, None] * stride + d[None], mask=(n[:, None] < NUM) & (d[None] < D), other=0.0)
+
+
 @triton.jit(do_not_specialize=VARIES)  # type: ignore[untyped-decorator]
 def _merge(  # type: ignore[no-untyped-def]
     q, k, v, out, lse, chunks, length, window, scaling_log2,
@@ -30,14 +45,13 @@ def _merge(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Writes the output and log-sum-exp of a chunk's window and sinks over those of its window."""
     chunk, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    start, begin, end = tl.load(chunks + 4 * chunk), tl.load(chunks + 4 * chunk + 1), tl.load(chunks + 4 * chunk + 2)
+    start, begin, end = _bounds(chunks, chunk)
     m, n, d = tl.arange(0, BLOCK), tl.arange(0, SINKS), tl.arange(0, WIDTH)
-    held = (n[:, None] < NUM) & (d[None] < D)
-    sink = row * length + start + n[:, None]
-    keys = tl.load(k + sink * k_token + head // G * k_head + d[None], mask=held, other=0.0)
-    values = tl.load(v + sink * v_token + head // G * v_head + d[None], mask=held, other=0.0)
-    for first in tl.range(begin, end, BLOCK):
-        index = first + m
+    first = row * length + start
+    keys = _read(k + first * k_token + head // G * k_head, k_token, NUM, SINKS, D, WIDTH)
+    values = _read(v + first * v_token + head // G * v_head, v_token, NUM, SINKS, D, WIDTH)
+    for step in tl.range(begin, end, BLOCK):
+        index = step + m
         token = row * length + index[:, None]
         valid = (index[:, None] < end) & (d[None] < D)
         queries = tl.load(q + token * q_token + head * q_head + d[None], mask=valid, other=0.0)
@@ -65,12 +79,11 @@ def _gradients(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Adds to a chunk's dq, and to its document's dk and dv [B, P, S, K, D]; of all query heads that share a key."""
     chunk, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    start, begin, end = tl.load(chunks + 4 * chunk), tl.load(chunks + 4 * chunk + 1), tl.load(chunks + 4 * chunk + 2)
+    start, begin, end = _bounds(chunks, chunk)
     m, n, d = tl.arange(0, BLOCK), tl.arange(0, SINKS), tl.arange(0, WIDTH)
-    held = (n[:, None] < NUM) & (d[None] < D)
-    sink = row * length + start + n[:, None]
-    keys = tl.load(k + sink * k_token + kv_head * k_head + d[None], mask=held, other=0.0)
-    values = tl.load(v + sink * v_token + kv_head * v_head + d[None], mask=held, other=0.0)
+    first = row * length + start
+    keys = _read(k + first * k_token + kv_head * k_head, k_token, NUM, SINKS, D, WIDTH)
+    values = _read(v + first * v_token + kv_head * v_head, v_token, NUM, SINKS, D, WIDTH)
     sum_k = tl.zeros([SINKS, WIDTH], tl.float32)
     sum_v = tl.zeros([SINKS, WIDTH], tl.float32)
     per_head = tl.cdiv(end - begin, BLOCK)
@@ -98,6 +111,7 @@ def _gradients(  # type: ignore[no-untyped-def]
         tl.store(spot, (tl.load(spot, mask=valid, other=0.0) + added).to(queries.dtype), mask=valid)
     document = row * num_documents + tl.load(chunks + 4 * chunk + 3)
     place = ((document * NUM + n[:, None]) * tl.num_programs(1) + kv_head) * D + d[None]
+    held = (n[:, None] < NUM) & (d[None] < D)
     tl.atomic_add(d_k + place, sum_k, mask=held, sem="relaxed")
     tl.atomic_add(d_v + place, sum_v, mask=held, sem="relaxed")
 
