@@ -5,6 +5,7 @@ Sinks beside a window are added to it (`sinks`).
 Shape legend: B batch, H query heads, K key-value heads, L queries, S keys, D head dim, T = B·L tokens.
 """
 
+from functools import partial
 from importlib.util import find_spec
 from itertools import groupby
 from typing import Any, ClassVar, NamedTuple
@@ -18,7 +19,7 @@ from lctrain.kernels.block_mask import BLOCK
 from lctrain.kernels.few_queries import FEW
 from lctrain.kernels.flex import FlexKernel
 from lctrain.kernels.mask import Local, Mask
-from lctrain.kernels.sinks import MAX_NUMBERS, Sinks, find_sinks, with_sinks
+from lctrain.kernels.sinks import Sinks, find_sinks, fits, with_sinks
 from lctrain.kernels.together import together
 
 HOPPER = 9  # compute capability; others are not tested here
@@ -33,7 +34,7 @@ class Alike(NamedTuple):
     window: int | None
     cu_seqlens: Tensor | None  # None where rows are whole
     max_length: int
-    sinks: Sinks | None
+    sinks: Sinks | None  # what a document's queries see behind their window
 
 
 class FlashKernel(FlexKernel):
@@ -69,14 +70,13 @@ class FlashKernel(FlexKernel):
         if not isinstance(prepared, list):
             return super().attend(q_BHLD, k_BKSD, v_BKSD, prepared, scaling=scaling, softcap=softcap)
         if len(prepared) == 1:  # which may stand for heads of any number
-            return _attend(prepared[0], q_BHLD, k_BKSD, v_BKSD, scaling=scaling)
+            return _attend(prepared[0], scaling, *(x.transpose(1, 2) for x in (q_BHLD, k_BKSD, v_BKSD)))
         heads, kv_heads = ([part.num_heads for part in prepared], [part.num_key_value_heads for part in prepared])
 
         def calls(*qkv: Tensor) -> list[Tensor]:
             # Split by token: so their gradients are laid out, and joined as they are.
             split = (x.transpose(1, 2).split(n, 2) for x, n in zip(qkv, (heads, kv_heads, kv_heads), strict=True))
-            own = zip(prepared, *split, strict=True)
-            return [_attend(part, *(x.transpose(1, 2) for x in of_part), scaling=scaling) for part, *of_part in own]
+            return [_attend(part, scaling, *own) for part, *own in zip(prepared, *split, strict=True)]
 
         return together(calls, q_BHLD, k_BKSD, v_BKSD)
 
@@ -85,62 +85,69 @@ class FlashKernel(FlexKernel):
         return BLOCK if head_dim <= 128 else 64
 
 
-def _attend(part: Alike, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, *, scaling: float) -> Tensor:
-    batch = q_BHLD.shape[0]
-    q_THD, k_TKD, v_TKD = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHLD, k_BKSD, v_BKSD))
-
-    def attend(*qkv: Tensor) -> tuple[Tensor, Tensor]:
-        return _fused(part, batch, *qkv, scaling=scaling)
-
+def _attend(part: Alike, scaling: float, q_BLHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:
+    """The output [B, H, L, D]."""
+    rows = q_BLHD.shape[:2]
+    if part.cu_seqlens is not None:  # of all rows, as of one
+        q_BLHD, k_BSKD, v_BSKD = (x.flatten(0, 1)[None] for x in (q_BLHD, k_BSKD, v_BSKD))
+    attend = partial(_fused, part, scaling)
     if part.sinks is None:
-        out_THD, _ = attend(q_THD, k_TKD, v_TKD)
+        out_BLHD, _ = attend(q_BLHD, k_BSKD, v_BSKD)
     else:
-        out_THD = with_sinks(attend, part.sinks, q_THD, k_TKD, v_TKD, scaling=scaling)
-    return out_THD.unflatten(0, (batch, -1)).transpose(1, 2)  # type: ignore[no-any-return]
+        out_BLHD = with_sinks(attend, part.sinks, q_BLHD, k_BSKD, v_BSKD, scaling)
+    out: Tensor = out_BLHD.flatten(0, 1).unflatten(0, rows).transpose(1, 2)
+    return out
 
 
-def _fused(
-    part: Alike, batch: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """The output, and the log-sum-exp [B, H, L] of rows, which documents make one."""
+def _fused(part: Alike, scaling: float, q_BLHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> tuple[Tensor, Tensor]:
+    """The output [B, L, H, D] and each query's log-sum-exp [B, H, L]."""
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
     window = (None if part.window is None else part.window - 1, 0)
     options: dict[str, Any] = {"softmax_scale": scaling, "causal": True, "window_size": window, "return_lse": True}
     if part.cu_seqlens is None:
-        out_BLHD, lse_BHL = flash_attn_func(*(x.unflatten(0, (batch, -1)) for x in (q_THD, k_TKD, v_TKD)), **options)
-        return out_BLHD.flatten(0, 1), lse_BHL
+        out_BLHD, lse_BHL = flash_attn_func(q_BLHD, k_BSKD, v_BSKD, **options)
+        return out_BLHD, lse_BHL
     out_THD, lse_HT = flash_attn_varlen_func(
-        q_THD, k_TKD, v_TKD, cu_seqlens_q=part.cu_seqlens, cu_seqlens_k=part.cu_seqlens,
+        q_BLHD[0], k_BSKD[0], v_BSKD[0], cu_seqlens_q=part.cu_seqlens, cu_seqlens_k=part.cu_seqlens,
         max_seqlen_q=part.max_length, max_seqlen_k=part.max_length, **options,
     )  # fmt: skip
-    return out_THD, lse_HT[None]
+    return out_THD[None], lse_HT[None]
 
 
 def _alike(mask: Mask, local: tuple[Local, ...]) -> list[Alike] | None:
     """None where heads that share a key-value head differ, for groups and sinks with some of their queries elsewhere,
-    and for more sinks than a program or the window holds.
+    and for sinks that no program holds, that reach out of the window, or of documents that begin elsewhere.
     """
+    # A window that covers the row has no need of sinks.
+    local = tuple(Local() if one.is_causal(mask.kv_length) else one for one in local)
     shared = mask.num_key_value_groups
     by_kv_head = [local[i : i + shared] for i in range(0, len(local), shared)]
     if any(len(set(heads)) > 1 for heads in by_kv_head):
         return None
     if not mask.square and any(one.group is not None or one.num_sinks for one in local):
         return None
-    if any(one.num_sinks > (one.window or 0) or one.num_sinks * mask.head_dim > MAX_NUMBERS for one in local):
-        return None
     parts = []
     for (own, *_), same in groupby(by_kv_head):
-        num = len(list(same))
+        num, cu_seqlens, sinks = len(list(same)), _cu_seqlens(mask, own), None
         length = mask.kv_length if own.group is None else min(own.group, mask.kv_length)
         window = own.window if own.window is not None and own.window < length else None
-        cu_seqlens = _cu_seqlens(mask, own)
-        sinks = None
         if own.num_sinks and window is not None:
-            rows = torch.arange(2, dtype=torch.int32, device=mask.device) * mask.kv_length
-            sinks = find_sinks(own.num_sinks, window, rows if cu_seqlens is None else cu_seqlens)
+            if own.num_sinks > window or not fits(own.num_sinks, mask.head_dim) or not _begin_at_zero(mask, cu_seqlens):
+                return None
+            starts = torch.tensor([0, mask.kv_length]) if cu_seqlens is None else cu_seqlens.cpu()
+            sinks = find_sinks(own.num_sinks, window, starts, mask.device)
         parts.append(Alike(num * shared, num, window, cu_seqlens, length, sinks))
     return parts
+
+
+def _begin_at_zero(mask: Mask, cu_seqlens: Tensor | None) -> bool:
+    """Whether the first tokens of a document are those of the first positions."""
+    if mask.positions is None:
+        return True
+    positions_BL = mask.positions[0].expand(mask.num_rows, -1)
+    first = positions_BL[:, 0] if cu_seqlens is None else positions_BL.flatten()[cu_seqlens[:-1].long()]
+    return not first.any()
 
 
 def _cu_seqlens(mask: Mask, local: Local) -> Tensor | None:

@@ -21,7 +21,7 @@ MaskMod = Callable[[Any, Any, Any, Any], Any]
 class Local:
     """Causal attention to the last `window` tokens, itself included, inside the group (position + shift) // group.
 
-    None is without bound. Behind a window, which no group has then, a document's first `num_sinks` tokens stay seen.
+    None is without bound. With a window and no group, a document's positions below `num_sinks` stay visible.
     Kernels may know this by themselves, without a mask.
     """
 

@@ -5,8 +5,8 @@ exp(l − l') · (the window's) + Σ exp(s − l') v over the sinks. The window'
 the products of output and gradient from what its forward saved: with the merged output and l' written over those, it
 gives the gradients that its own keys have in the whole, and the sinks' are added to them.
 
-Shape legend: B rows of L tokens, T of them all, H query heads, K key-value heads, D head dim, P documents of a row with
-queries that see no sink in their window, N chunks of those queries, S sinks.
+Shape legend: B rows of L tokens, H query heads, K key-value heads, D head dim, S sinks, P documents of a row that are
+longer than the window, N chunks of their queries.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+MIN_SINKS = 16  # what tensor cores take
 MAX_NUMBERS = 2**14  # of a head's sinks, which a program holds with the sums of their gradients
-NUM_CHUNKS = 128  # of a long document: with its key-value heads enough to fill a card
+NUM_CHUNKS = 128  # of all tokens: with the key-value heads enough to fill a card
 MIN_CHUNK = 128
 
 Window = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(q_THD, k_TKD, v_TKD) -> out_THD and the natural log-sum-exp [B, H, L] of each query, both saved for its backward."""
+"""(q_BLHD, k_BLKD, v_BLKD) -> out_BLHD and the natural log-sum-exp [B, H, L] of each query; its backward saves both."""
 
 
 class Sinks(NamedTuple):
@@ -28,37 +29,47 @@ class Sinks(NamedTuple):
 
     num: int
     window: int
-    starts: Tensor  # [P]: the first token of each document that is longer
-    chunks: (
-        Tensor  # [N, 4] of int32: a document's first token, from where to where its queries are, its place in `starts`
-    )
+    starts: Tensor  # [P]: a document's first token
+    chunks: Tensor  # [N, 4], int32: a document's first token, its queries' first and end, and its place in `starts`
 
 
-def find_sinks(num: int, window: int, cu_seqlens: Tensor) -> Sinks | None:
-    """None where no document is longer than the window."""
-    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+def find_sinks(num: int, window: int, cu_seqlens: Tensor, device: torch.device) -> Sinks | None:
+    """None where no document is longer than the window. `cu_seqlens` are on the host."""
+    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     starts, ends = (x[ends - starts > window] for x in (starts, ends))
     if not starts.numel():
         return None
     size = max(MIN_CHUNK, 1 << (int(cu_seqlens[-1]) // NUM_CHUNKS - 1).bit_length())
     counts = (ends - starts - window + size - 1) // size
-    document = torch.arange(len(starts), device=starts.device).repeat_interleave(counts)
-    number = torch.arange(len(document), device=starts.device) - (counts.cumsum(0) - counts)[document]
+    document = torch.arange(len(starts)).repeat_interleave(counts)
+    number = torch.arange(len(document)) - (counts.cumsum(0) - counts)[document]
     begins = (starts + window)[document] + number * size
     chunks = torch.stack((starts[document], begins, torch.minimum(begins + size, ends[document]), document), dim=1)
-    return Sinks(num, window, starts, chunks.int())
+    return Sinks(num, window, starts.to(device), chunks.int().to(device))
 
 
-def with_sinks(attend: Window, sinks: Sinks, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, scaling: float) -> Tensor:
-    """The output [T, H, D] of a window and its sinks."""
+def padded(num: int, head_dim: int) -> tuple[int, int]:
+    """What a program holds of a head's sinks: powers of two."""
+    return max(MIN_SINKS, 1 << (num - 1).bit_length()), 1 << (head_dim - 1).bit_length()
+
+
+def fits(num: int, head_dim: int) -> bool:
+    """Whether a program holds so many."""
+    sinks, width = padded(num, head_dim)
+    return sinks * width <= MAX_NUMBERS
+
+
+def with_sinks(attend: Window, sinks: Sinks, q_BLHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, scaling: float) -> Tensor:
+    """The output [B, L, H, D] of a window and its sinks."""
     from lctrain.kernels.sinks_triton import merge  # needs triton
 
     handed: list[Tensor] = []
-    q_THD, k_TKD, v_TKD = _Begin.apply(handed, sinks, scaling, q_THD, k_TKD, v_TKD)  # type: ignore[no-untyped-call]
-    out_THD, lse_BHL = attend(q_THD, k_TKD, v_TKD)
-    # `data`, because the window's backward must find what is written now, and not call it changed.
-    merge(sinks, *(x.data for x in (q_THD, k_TKD, v_TKD, out_THD, lse_BHL)), scaling=scaling)
-    ended: Tensor = _End.apply(handed, out_THD, lse_BHL)  # type: ignore[no-untyped-call]
+    q_BLHD, k_BLKD, v_BLKD = _Begin.apply(handed, sinks, scaling, q_BLHD, k_BLKD, v_BLKD)  # type: ignore[no-untyped-call]
+    out_BLHD, lse_BHL = attend(q_BLHD, k_BLKD, v_BLKD)
+    # `data`, because the window's backward must find what is written now, and not call it changed. Hooks that copy what
+    # is saved would keep what is not merged yet: ours keep views.
+    merge(sinks, q_BLHD.data, k_BLKD.data, v_BLKD.data, out_BLHD.data, lse_BHL.data, scaling)
+    ended: Tensor = _End.apply(handed, out_BLHD, lse_BHL)  # type: ignore[no-untyped-call]
     return ended
 
 
@@ -76,15 +87,15 @@ class _Begin(torch.autograd.Function):
         from lctrain.kernels.sinks_triton import add_gradients
 
         sinks: Sinks = ctx.sinks
-        out_THD, lse_BHL, d_out_THD = ctx.handed
+        out_BLHD, lse_BHL, d_out_BLHD = ctx.handed
         ctx.handed.clear()
-        given = [*ctx.saved_tensors, out_THD, lse_BHL, d_out_THD, d_qkv[0]]
-        sums = add_gradients(sinks, *given, scaling=ctx.scaling)
-        num_rows, _, length = lse_BHL.shape
-        rows = torch.arange(num_rows, device=lse_BHL.device)[:, None, None] * length
-        tokens_BPS = rows + sinks.starts[:, None] + torch.arange(sinks.num, device=lse_BHL.device)
-        for gradient_TKD, sum_BPSKD in zip(d_qkv[1:], sums, strict=True):
-            gradient_TKD.index_add_(0, tokens_BPS.flatten(), sum_BPSKD.flatten(0, 2).to(gradient_TKD.dtype))
+        q_BLHD, k_BLKD, v_BLKD = ctx.saved_tensors
+        sums = add_gradients(
+            sinks, q_BLHD, k_BLKD, v_BLKD, out_BLHD, lse_BHL, d_out_BLHD, d_qkv[0], ctx.scaling
+        )  # fmt: skip
+        tokens = (sinks.starts[:, None] + torch.arange(sinks.num, device=sinks.starts.device)).flatten()
+        for gradient_BLKD, sum_BPSKD in zip(d_qkv[1:], sums, strict=True):
+            gradient_BLKD.index_add_(1, tokens, sum_BPSKD.flatten(1, 2).to(gradient_BLKD.dtype))
         return None, None, None, *d_qkv
 
 
@@ -92,12 +103,14 @@ class _End(torch.autograd.Function):
     """The first of the backward: hands the output and its gradient to the other."""
 
     @staticmethod
-    def forward(ctx: Any, handed: list[Tensor], out_THD: Tensor, lse_BHL: Tensor) -> Tensor:
+    def forward(ctx: Any, handed: list[Tensor], out_BLHD: Tensor, lse_BHL: Tensor) -> Tensor:
         ctx.handed = handed
-        ctx.save_for_backward(out_THD, lse_BHL)
-        return out_THD.view_as(out_THD)
+        ctx.save_for_backward(out_BLHD, lse_BHL)
+        return out_BLHD.view_as(out_BLHD)
 
     @staticmethod
-    def backward(ctx: Any, d_THD: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.handed[:] = [*ctx.saved_tensors, d_THD]
-        return None, d_THD, None
+    def backward(ctx: Any, d_out_BLHD: Tensor) -> tuple[Tensor | None, ...]:
+        d_out_BLHD = d_out_BLHD if d_out_BLHD.stride(3) == 1 else d_out_BLHD.contiguous()
+        # Detached: were the window's backward to fail, a graph that hangs on itself would never be freed.
+        ctx.handed[:] = [*(x.detach() for x in ctx.saved_tensors), d_out_BLHD]
+        return None, d_out_BLHD, None

@@ -1,8 +1,9 @@
-"""The few keys that all queries see: read once by a program, which then walks a chunk of queries.
+"""The few keys that a document's queries see behind their window: read once by a program, which walks a chunk of them.
 
 Shape legend: as in sinks; G query heads of a key-value head.
 """
 
+from math import prod
 from typing import Any
 
 import torch
@@ -10,22 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lctrain.kernels.sinks import Sinks
+from lctrain.kernels.sinks import Sinks, padded
 
-MIN_SINKS = 16  # what tensor cores take
 MERGE = {"BLOCK": 64, "num_warps": 4, "num_stages": 2}
 GRADIENTS = {"BLOCK": 32, "num_warps": 4, "num_stages": 1}
 MANY = {"BLOCK": 32, "num_warps": 8, "num_stages": 3}  # gradients that would fill the registers of four warps
 WIDE = {"BLOCK": 64, "num_stages": 1}  # head dimensions above 128
 LN_2 = tl.constexpr(0.6931471805599453)
-
-VARIES = ["length", "window", "num_documents"]  # one kernel serves all
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _bounds(chunks, chunk):  # type: ignore[no-untyped-def]
-    """A document's first token, and from where to where its queries are."""
-    return tl.load(chunks + 4 * chunk), tl.load(chunks + 4 * chunk + 1), tl.load(chunks + 4 * chunk + 2)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -37,24 +29,24 @@ def _read(  # type: ignore[no-untyped-def]
     return tl.load(start + n[:, None] * stride + d[None], mask=(n[:, None] < NUM) & (d[None] < D), other=0.0)
 
 
-@triton.jit(do_not_specialize=VARIES)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["length", "window"])  # type: ignore[untyped-decorator]
 def _merge(  # type: ignore[no-untyped-def]
     q, k, v, out, lse, chunks, length, window, scaling_log2,
-    q_token, q_head, k_token, k_head, v_token, v_head, out_token, out_head,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, out_row, out_token, out_head,
     NUM: tl.constexpr, SINKS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes the output and log-sum-exp of a chunk's window and sinks over those of its window."""
-    chunk, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    start, begin, end = _bounds(chunks, chunk)
+    chunk, head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    start, begin, end = tl.load(chunks + 4 * chunk), tl.load(chunks + 4 * chunk + 1), tl.load(chunks + 4 * chunk + 2)
     m, n, d = tl.arange(0, BLOCK), tl.arange(0, SINKS), tl.arange(0, WIDTH)
-    first = row * length + start
-    keys = _read(k + first * k_token + head // G * k_head, k_token, NUM, SINKS, D, WIDTH)
-    values = _read(v + first * v_token + head // G * v_head, v_token, NUM, SINKS, D, WIDTH)
+    first = start.to(tl.int64)
+    keys = _read(k + row * k_row + first * k_token + head // G * k_head, k_token, NUM, SINKS, D, WIDTH)
+    values = _read(v + row * v_row + first * v_token + head // G * v_head, v_token, NUM, SINKS, D, WIDTH)
     for step in tl.range(begin, end, BLOCK):
         index = step + m
-        token = row * length + index[:, None]
+        token = index[:, None].to(tl.int64)
         valid = (index[:, None] < end) & (d[None] < D)
-        queries = tl.load(q + token * q_token + head * q_head + d[None], mask=valid, other=0.0)
+        queries = tl.load(q + row * q_row + token * q_token + head * q_head + d[None], mask=valid, other=0.0)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scaling_log2
         seen = (index[:, None] - start - n[None] >= window) & (n[None] < NUM)
         scores = tl.where(seen, scores, -float("inf"))
@@ -63,41 +55,43 @@ def _merge(  # type: ignore[no-untyped-def]
         most = tl.maximum(before, tl.max(scores, 1))
         faded, weights = tl.exp2(before - most), tl.exp2(scores - most[:, None])
         sums = faded + tl.sum(weights, 1)
-        spot = out + token * out_token + head * out_head + d[None]
+        spot = out + row * out_row + token * out_token + head * out_head + d[None]
         tile = tl.load(spot, mask=valid, other=0.0)
         added = tl.dot((weights / sums[:, None]).to(values.dtype), values, input_precision="ieee")
         tl.store(spot, (tile * (faded / sums)[:, None] + added).to(tile.dtype), mask=valid)
         tl.store(place, (most + tl.log2(sums)) * LN_2, mask=index < end)
 
 
-@triton.jit(do_not_specialize=VARIES)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["length", "window", "num_documents"])  # type: ignore[untyped-decorator]
 def _gradients(  # type: ignore[no-untyped-def]
     q, k, v, out, lse, d_out, d_q, d_k, d_v, chunks, length, window, num_documents, scaling, scaling_log2,
-    q_token, q_head, k_token, k_head, v_token, v_head, out_token, out_head,
-    d_out_token, d_out_head, d_q_token, d_q_head,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, out_row, out_token, out_head,
+    d_out_row, d_out_token, d_out_head, d_q_row, d_q_token, d_q_head,
     NUM: tl.constexpr, SINKS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds to a chunk's dq, and to its document's dk and dv [B, P, S, K, D]; of all query heads that share a key."""
-    chunk, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    start, begin, end = _bounds(chunks, chunk)
+    chunk, kv_head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    start, begin, end = tl.load(chunks + 4 * chunk), tl.load(chunks + 4 * chunk + 1), tl.load(chunks + 4 * chunk + 2)
     m, n, d = tl.arange(0, BLOCK), tl.arange(0, SINKS), tl.arange(0, WIDTH)
-    first = row * length + start
-    keys = _read(k + first * k_token + kv_head * k_head, k_token, NUM, SINKS, D, WIDTH)
-    values = _read(v + first * v_token + kv_head * v_head, v_token, NUM, SINKS, D, WIDTH)
+    first = start.to(tl.int64)
+    keys = _read(k + row * k_row + first * k_token + kv_head * k_head, k_token, NUM, SINKS, D, WIDTH)
+    values = _read(v + row * v_row + first * v_token + kv_head * v_head, v_token, NUM, SINKS, D, WIDTH)
     sum_k = tl.zeros([SINKS, WIDTH], tl.float32)
     sum_v = tl.zeros([SINKS, WIDTH], tl.float32)
     per_head = tl.cdiv(end - begin, BLOCK)
     for step in tl.range(0, G * per_head):
         head = kv_head * G + step // per_head
         index = begin + step % per_head * BLOCK + m
-        token = row * length + index[:, None]
+        token = index[:, None].to(tl.int64)
         valid = (index[:, None] < end) & (d[None] < D)
-        queries = tl.load(q + token * q_token + head * q_head + d[None], mask=valid, other=0.0)
-        upstream = tl.load(d_out + token * d_out_token + head * d_out_head + d[None], mask=valid, other=0.0)
-        tile = tl.load(out + token * out_token + head * out_head + d[None], mask=valid, other=0.0)
+        queries = tl.load(q + row * q_row + token * q_token + head * q_head + d[None], mask=valid, other=0.0)
+        place = d_out + row * d_out_row + token * d_out_token + head * d_out_head + d[None]
+        upstream = tl.load(place, mask=valid, other=0.0)
+        tile = tl.load(out + row * out_row + token * out_token + head * out_head + d[None], mask=valid, other=0.0)
         delta = tl.sum(tile.to(tl.float32) * upstream.to(tl.float32), 1)
-        place = lse + (row * tl.num_programs(1) * G + head) * length + index
-        whole = tl.load(place, mask=index < end, other=0.0) / LN_2
+        whole = (
+            tl.load(lse + (row * tl.num_programs(1) * G + head) * length + index, mask=index < end, other=0.0) / LN_2
+        )
         # Sinks by queries: so the weights are what the sums multiply next, as they are.
         scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scaling_log2
         seen = (index[None] - start - n[:, None] >= window) & (n[:, None] < NUM)
@@ -106,7 +100,7 @@ def _gradients(  # type: ignore[no-untyped-def]
         d_scores = (weights * (d_weights - delta[None]) * scaling).to(queries.dtype)
         sum_v += tl.dot(weights.to(upstream.dtype), upstream, input_precision="ieee")
         sum_k += tl.dot(d_scores, queries, input_precision="ieee")
-        spot = d_q + token * d_q_token + head * d_q_head + d[None]
+        spot = d_q + row * d_q_row + token * d_q_token + head * d_q_head + d[None]
         added = tl.dot(tl.trans(d_scores), keys, input_precision="ieee")
         tl.store(spot, (tl.load(spot, mask=valid, other=0.0) + added).to(queries.dtype), mask=valid)
     document = row * num_documents + tl.load(chunks + 4 * chunk + 3)
@@ -117,53 +111,48 @@ def _gradients(  # type: ignore[no-untyped-def]
 
 
 def merge(
-    sinks: Sinks, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, out_THD: Tensor, lse_BHL: Tensor, *, scaling: float
+    sinks: Sinks, q_BLHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, out_BLHD: Tensor, lse_BHL: Tensor, scaling: float
 ) -> None:
     """Writes output and log-sum-exp of window and sinks over those of the window."""
     assert lse_BHL.is_contiguous()
-    _merge[(len(sinks.chunks), q_THD.shape[1], lse_BHL.shape[0])](
-        q_THD, k_TKD, v_TKD, out_THD, lse_BHL, sinks.chunks, lse_BHL.shape[2], sinks.window, scaling / LN_2.value,
-        *_strides(q_THD, k_TKD, v_TKD, out_THD), **_shape(sinks, q_THD, k_TKD, MERGE),
+    num_rows, num_heads, length = lse_BHL.shape
+    _merge[(len(sinks.chunks), num_heads, num_rows)](
+        q_BLHD, k_BLKD, v_BLKD, out_BLHD, lse_BHL, sinks.chunks, length, sinks.window, scaling / LN_2.value,
+        *_strides(q_BLHD, k_BLKD, v_BLKD, out_BLHD), **_shape(sinks, q_BLHD, k_BLKD, MERGE),
     )  # fmt: skip
 
 
 def add_gradients(
     sinks: Sinks,
-    q_THD: Tensor,
-    k_TKD: Tensor,
-    v_TKD: Tensor,
-    out_THD: Tensor,
+    q_BLHD: Tensor,
+    k_BLKD: Tensor,
+    v_BLKD: Tensor,
+    out_BLHD: Tensor,
     lse_BHL: Tensor,
-    d_out_THD: Tensor,
-    d_q_THD: Tensor,
-    *,
+    d_out_BLHD: Tensor,
+    d_q_BLHD: Tensor,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """Adds the sinks' share to dq; returns theirs of dk and dv in fp32, [B, P, S, K, D]."""
-    num_rows, num_documents, num_kv_heads = len(lse_BHL), len(sinks.starts), k_TKD.shape[1]
-    many = sinks.num * k_TKD.shape[2] > 2**13
-    d_k, d_v = torch.zeros(2, num_rows, num_documents, sinks.num, *k_TKD.shape[1:], device=q_THD.device)
-    _gradients[(len(sinks.chunks), num_kv_heads, num_rows)](
-        q_THD, k_TKD, v_TKD, out_THD, lse_BHL, d_out_THD, d_q_THD, d_k, d_v, sinks.chunks, lse_BHL.shape[2],
-        sinks.window, num_documents, scaling, scaling / LN_2.value,
-        *_strides(q_THD, k_TKD, v_TKD, out_THD, d_out_THD, d_q_THD),
-        **_shape(sinks, q_THD, k_TKD, MANY if many else GRADIENTS),
+    (num_rows, _, length), num_documents = lse_BHL.shape, len(sinks.starts)
+    d_k, d_v = torch.zeros(2, num_rows, num_documents, sinks.num, *k_BLKD.shape[2:], device=q_BLHD.device)
+    many = prod(padded(sinks.num, k_BLKD.shape[3])) > 2**13
+    _gradients[(len(sinks.chunks), k_BLKD.shape[2], num_rows)](
+        q_BLHD, k_BLKD, v_BLKD, out_BLHD, lse_BHL, d_out_BLHD, d_q_BLHD, d_k, d_v, sinks.chunks, length, sinks.window,
+        num_documents, scaling, scaling / LN_2.value,
+        *_strides(q_BLHD, k_BLKD, v_BLKD, out_BLHD, d_out_BLHD, d_q_BLHD),
+        **_shape(sinks, q_BLHD, k_BLKD, MANY if many else GRADIENTS),
     )  # fmt: skip
     return d_k, d_v
 
 
 def _strides(*tensors: Tensor) -> list[int]:
-    assert all(x.stride(2) == 1 for x in tensors)
-    return [step for x in tensors for step in x.stride()[:2]]
+    assert all(x.stride(3) == 1 for x in tensors)
+    return [step for x in tensors for step in x.stride()[:3]]
 
 
-def _shape(sinks: Sinks, q_THD: Tensor, k_TKD: Tensor, config: dict[str, int]) -> dict[str, Any]:
-    head_dim = q_THD.shape[2]
-    shape = {
-        "NUM": sinks.num,
-        "SINKS": max(MIN_SINKS, triton.next_power_of_2(sinks.num)),
-        "G": q_THD.shape[1] // k_TKD.shape[1],
-        "D": head_dim,
-        "WIDTH": triton.next_power_of_2(head_dim),
-    }
+def _shape(sinks: Sinks, q_BLHD: Tensor, k_BLKD: Tensor, config: dict[str, int]) -> dict[str, Any]:
+    head_dim = q_BLHD.shape[3]
+    num, width = padded(sinks.num, head_dim)
+    shape = {"NUM": sinks.num, "SINKS": num, "G": q_BLHD.shape[2] // k_BLKD.shape[2], "D": head_dim, "WIDTH": width}
     return shape | config | (WIDE if head_dim > 128 else {})

@@ -186,7 +186,7 @@ def test_decode_is_prefill(kernel, method):
     assert torch.linalg.norm((torch.cat(parts, 1) - expected).float()) < 2e-2 * torch.linalg.norm(expected.float())
 
 
-@pytest.mark.parametrize("method", ["sliding_window", "shifted_sparse"])
+@pytest.mark.parametrize("method", ["sliding_window", "streaming", "shifted_sparse"])
 def test_flash_keeps_what_full_attention_keeps(method):
     """The inputs, one output and a sum per query, however many calls the heads take."""
     heads, kernel = SHAPES["128-gqa8"], kernel_for("flash", SHAPES["128-gqa8"])

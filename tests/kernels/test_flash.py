@@ -1,11 +1,14 @@
 """What flash-attn-4 computes by itself, with its functions written out here: the result is that of the mask."""
 
+import gc
 import sys
+import weakref
 from itertools import product
 from types import ModuleType
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lctrain.kernels import flash
@@ -23,6 +26,20 @@ def mask_of(visible, length, *, queries=None, **options):
         device=torch.device("cpu"), dtype=torch.float64, q_offset=length - queries,
         allowed=lambda b, h, q, k: k <= q, visible=visible, **options,
     )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _on_a_cpu(monkeypatch):
+    for module in (ModuleType("flash_attn"), flash_attn_4(), sinks_triton()):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("lctrain.kernels.sinks.MIN_CHUNK", 4)  # several chunks of 20 tokens
+
+
+def random_inputs(num_rows=1, length=20):
+    """q, k and v [B, heads, L, D], laid out by head."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(num_rows, n, length, 16) for n in (4, 2, 2)]
+    return [torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_() for size in sizes]
 
 
 LOCAL = {
@@ -47,10 +64,7 @@ LOCAL = {
     ],
 )
 @pytest.mark.parametrize("name", LOCAL)
-def test_takes_local_heads_by_themselves(monkeypatch, name, num_rows, starts):
-    for module in written_out():
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr("lctrain.kernels.sinks.MIN_CHUNK", 4)
+def test_takes_local_heads_by_themselves(name, num_rows, starts):
     tables = None if starts is None else (torch.tensor(starts, dtype=torch.int32),) * 2
     positions = None if tables is None else (torch.arange(20, dtype=torch.int32) - tables[0],) * 2
     local = LOCAL[name]
@@ -64,9 +78,7 @@ def test_takes_local_heads_by_themselves(monkeypatch, name, num_rows, starts):
         return ((q - k < window) | (k < num_sinks)) & ((q + shift) // group == (k + shift) // group)
 
     mask = mask_of(visible, 20, local=local, positions=positions, documents=tables, num_rows=num_rows)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(num_rows, n, 20, 16, generator=generator, dtype=torch.float64) for n in (4, 2, 2))
-    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    q, k, v = random_inputs(num_rows)
     results = []
     for kernel in (FlashKernel(), ReferenceKernel()):
         out = kernel.attend(q, k, v, kernel.prepare(mask), scaling=0.3, softcap=None)
@@ -75,21 +87,24 @@ def test_takes_local_heads_by_themselves(monkeypatch, name, num_rows, starts):
 
 
 class Fused(torch.autograd.Function):
-    """Documents [T, H, D], in a window. Its backward takes output and log-sum-exp as they are kept, as kernels do."""
+    """Documents in a window. Its backward takes output and log-sum-exp as they are kept, as kernels do."""
 
     @staticmethod
-    def forward(ctx, q, k, v, number, num_rows, scaling, window):
+    def forward(ctx, q_BLHD, k_BLKD, v_BLKD, number, scaling, window):
         ctx.number, ctx.scaling, ctx.window = number, scaling, window
-        scores = Fused.scores(ctx, q, k)
+        q, k, v = (x.flatten(0, 1) for x in (q_BLHD, k_BLKD, v_BLKD))
+        scores, rows = Fused.scores(ctx, q, k), q_BLHD.shape[:2]
         lse = scores.logsumexp(-1)
-        out = torch.einsum("hts,shd->thd", (scores - lse[..., None]).exp(), Fused.shared(v, q)).contiguous()
-        lse_BHL = lse.unflatten(1, (num_rows, -1)).transpose(0, 1).contiguous()
-        ctx.save_for_backward(q, k, v, out, lse_BHL)
-        return out, lse_BHL
+        out = torch.einsum("hts,shd->thd", (scores - lse[..., None]).exp(), Fused.shared(v, q))
+        out_BLHD = out.unflatten(0, rows).contiguous()
+        lse_BHL = lse.unflatten(1, rows).transpose(0, 1).contiguous()
+        ctx.save_for_backward(q_BLHD, k_BLKD, v_BLKD, out_BLHD, lse_BHL)
+        return out_BLHD, lse_BHL
 
     @staticmethod
-    def backward(ctx, d_out, _):
-        q, k, v, out, lse_BHL = ctx.saved_tensors
+    def backward(ctx, d_out_BLHD, _):
+        *by_token, lse_BHL = ctx.saved_tensors
+        q, k, v, out, d_out = (x.flatten(0, 1) for x in (*by_token, d_out_BLHD))
         lse = lse_BHL.transpose(0, 1).flatten(1)
         weights = (Fused.scores(ctx, q, k) - lse[..., None]).exp()
         d_weights = torch.einsum("thd,shd->hts", d_out, Fused.shared(v, q))
@@ -97,7 +112,7 @@ class Fused(torch.autograd.Function):
         d_q = torch.einsum("hts,shd->thd", d_scores, Fused.shared(k, q))
         d_k = torch.einsum("hts,thd->shd", d_scores, q).unflatten(1, (k.shape[1], -1)).sum(2)
         d_v = torch.einsum("hts,thd->shd", weights, d_out).unflatten(1, (k.shape[1], -1)).sum(2)
-        return d_q, d_k, d_v, None, None, None, None
+        return *(x.unflatten(0, d_out_BLHD.shape[:2]) for x in (d_q, d_k, d_v)), None, None, None
 
     @staticmethod
     def shared(x, q):
@@ -110,21 +125,19 @@ class Fused(torch.autograd.Function):
         return torch.einsum("thd,shd->hts", q, Fused.shared(k, q)).mul(ctx.scaling).masked_fill(~seen, -torch.inf)
 
 
-def written_out():
-    """What flash-attn-4 documents, and the kernels of sinks, by torch's own operations on a CPU."""
+def flash_attn_4():
+    """What it documents, by torch's own operations."""
 
-    def attend(q, k, v, sizes, num_rows, *, softmax_scale, causal, window_size, return_lse):
+    def attend(q, k, v, sizes, *, softmax_scale, causal, window_size, return_lse):
         left, right = window_size
         assert causal
         assert return_lse
         assert right == 0
         number = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-        return Fused.apply(q, k, v, number, num_rows, softmax_scale, 99 if left is None else left + 1)
+        return Fused.apply(q, k, v, number, softmax_scale, 99 if left is None else left + 1)
 
     def flash_attn_func(q, k, v, **options):
-        num_rows, length = q.shape[:2]
-        out_THD, lse_BHL = attend(*(x.flatten(0, 1) for x in (q, k, v)), [length] * num_rows, num_rows, **options)
-        return out_THD.unflatten(0, (num_rows, length)), lse_BHL
+        return attend(q, k, v, [q.shape[1]] * q.shape[0], **options)
 
     def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
         assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
@@ -132,52 +145,56 @@ def written_out():
         assert cu_seqlens_q[-1] == len(q)
         sizes = cu_seqlens_q.diff().tolist()
         assert max(sizes) <= max_seqlen_q == max_seqlen_k
-        out_THD, lse_BHL = attend(q, k, v, sizes, 1, **options)
-        return out_THD, lse_BHL[0]
+        return [x[0] for x in attend(*(x[None] for x in (q, k, v)), sizes, **options)]
+
+    module = ModuleType("flash_attn.cute")
+    module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
+    return module
+
+
+def sinks_triton():
+    """The kernels of sinks, by torch's own operations."""
 
     def parts(sinks, q, k, lse, scaling):
         """Of each chunk of each row: its document, queries, sinks, their sums, and the scores [H, queries, sinks]."""
         for row, (start, begin, end, document) in product(range(len(lse)), sinks.chunks.tolist()):
-            first = row * lse.shape[2]
-            keys, rows = slice(first + start, first + start + sinks.num), slice(first + begin, first + end)
-            scores = torch.einsum("thd,shd->hts", q[rows], Fused.shared(k[keys], q)) * scaling
+            rows, keys = (row, slice(begin, end)), (row, slice(start, start + sinks.num))
+            scores = torch.einsum("thd,shd->hts", q[rows], shared(k, keys, q)) * scaling
             i, j = torch.arange(begin, end)[:, None], torch.arange(start, start + sinks.num)
             scores = scores.masked_fill(i - j < sinks.window, -torch.inf)
             yield (row, document), rows, keys, lse[row, :, begin:end], scores
 
-    def merge(sinks, q, k, v, out, lse, *, scaling):
+    def shared(x, keys, q):
+        return x[keys].repeat_interleave(q.shape[2] // x.shape[2], dim=1)
+
+    def merge(sinks, q, k, v, out, lse, scaling):
         for _, rows, keys, before, scores in parts(sinks, q, k, lse, scaling):
             merged = torch.logaddexp(before, scores.logsumexp(-1))
-            added = torch.einsum("hts,shd->thd", (scores - merged[..., None]).exp(), Fused.shared(v[keys], q))
+            added = torch.einsum("hts,shd->thd", (scores - merged[..., None]).exp(), shared(v, keys, q))
             out[rows] = out[rows] * (before - merged).exp().T[..., None] + added
             before.copy_(merged)
 
-    def add_gradients(sinks, q, k, v, out, lse, d_out, d_q, *, scaling):
-        d_k, d_v = q.new_zeros(2, len(lse), len(sinks.starts), sinks.num, *k.shape[1:])
+    def add_gradients(sinks, q, k, v, out, lse, d_out, d_q, scaling):
+        d_k, d_v = q.new_zeros(2, len(lse), len(sinks.starts), sinks.num, *k.shape[2:])
         for document, rows, keys, whole, scores in parts(sinks, q, k, lse, scaling):
             weights = (scores - whole[..., None]).exp()
-            d_weights = torch.einsum("thd,shd->hts", d_out[rows], Fused.shared(v[keys], q))
+            d_weights = torch.einsum("thd,shd->hts", d_out[rows], shared(v, keys, q))
             d_scores = weights * (d_weights - (d_out * out)[rows].sum(-1).T[..., None]) * scaling
-            d_q[rows] += torch.einsum("hts,shd->thd", d_scores, Fused.shared(k[keys], q))
-            d_k[document] += torch.einsum("hts,thd->shd", d_scores, q[rows]).unflatten(1, (k.shape[1], -1)).sum(2)
-            d_v[document] += torch.einsum("hts,thd->shd", weights, d_out[rows]).unflatten(1, (k.shape[1], -1)).sum(2)
+            d_q[rows] += torch.einsum("hts,shd->thd", d_scores, shared(k, keys, q))
+            d_k[document] += torch.einsum("hts,thd->shd", d_scores, q[rows]).unflatten(1, (k.shape[2], -1)).sum(2)
+            d_v[document] += torch.einsum("hts,thd->shd", weights, d_out[rows]).unflatten(1, (k.shape[2], -1)).sum(2)
         return d_k, d_v
 
-    flash_attn_4, own = ModuleType("flash_attn.cute"), ModuleType("lctrain.kernels.sinks_triton")
-    flash_attn_4.flash_attn_func, flash_attn_4.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
-    own.merge, own.add_gradients = merge, add_gradients
-    return ModuleType("flash_attn"), flash_attn_4, own
+    module = ModuleType("lctrain.kernels.sinks_triton")
+    module.merge, module.add_gradients = merge, add_gradients
+    return module
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_sinks_in_a_layer_that_is_recomputed(monkeypatch, keep):
+def test_sinks_in_a_layer_that_is_recomputed(keep):
     """What is written over the window's output is what the backward finds, kept or computed again."""
-    for module in written_out():
-        monkeypatch.setitem(sys.modules, module.__name__, module)
     mask = mask_of(lambda b, h, q, k: (q - k < 5) | (k < 3), 20, local=(Local(window=5, num_sinks=3),))
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, n, 20, 16, generator=generator, dtype=torch.float64) for n in (4, 2, 2))
-    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    q, k, v = random_inputs()
     results = []
     for kernel in (FlashKernel(), ReferenceKernel()):
         prepared, calls = kernel.prepare(mask), []
@@ -196,19 +213,62 @@ def test_sinks_in_a_layer_that_is_recomputed(monkeypatch, keep):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("name", ["sinks", "window"])
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_keeps_inputs_one_output_and_a_number_for_each_query(name, num_rows):
+    """Of whole rows, however they lie in memory."""
+    (local,) = LOCAL[name]
+    mask = mask_of(lambda b, h, q, k: (q - k < 5) | (k < local.num_sinks), 20, local=(local,), num_rows=num_rows)
+    q, k, v = random_inputs(num_rows)
+    kept, kernel = {}, FlashKernel()
+
+    def pack(x):
+        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        out = kernel.attend(q, k, v, kernel.prepare(mask), scaling=0.3, softcap=None)
+    tensors = (q, k, v, out, torch.empty(num_rows, 4, 20, dtype=out.dtype))
+    assert sum(kept.values()) == sum(8 * x.numel() for x in tensors)
+
+
+def test_a_backward_that_fails_leaves_nothing(monkeypatch):
+    """As out of memory: its tensors must not hang on each other."""
+
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Fused, "backward", fail)
+    mask, kernel = mask_of(lambda b, h, q, k: (q - k < 5) | (k < 3), 20, local=LOCAL["sinks"]), FlashKernel()
+    q, k, v = random_inputs()
+    out = kernel.attend(q, k, v, kernel.prepare(mask), scaling=0.3, softcap=None)
+    left = weakref.ref(out.untyped_storage())
+    with pytest.raises(torch.OutOfMemoryError):
+        out.sum().backward()
+    del out
+    gc.collect()
+    assert left() is None
+
+
+def test_documents_that_begin_elsewhere_need_a_mask():
+    positions = torch.arange(20)[None].int() + 1
+    visible = lambda b, h, q, k: (q - k < 5) | (k < 3)  # noqa: E731
+    for shift, by_itself in ((0, False), (1, True)):
+        mask = mask_of(visible, 20, local=LOCAL["sinks"], positions=(positions - shift,) * 2)
+        assert (flash._alike(mask, LOCAL["sinks"]) is not None) == by_itself
+
+
 @pytest.mark.parametrize(
     ("length", "queries", "num_sinks", "window"),
     [(20, 20, 6, 5), (3000, 3000, 1200, 1500), (20, 7, 3, 5)],
     ids=["more than the window", "more than a program holds", "a chunk"],
 )
-def test_other_sinks_need_a_mask(queries, num_sinks, window):
+def test_other_sinks_need_a_mask(length, queries, num_sinks, window):
     local = (Local(window=window, num_sinks=num_sinks),)
-    mask = mask_of(
-        lambda b, h, q, k: (q - k < window) | (k < num_sinks), max(20, queries), queries=queries, local=local
-    )
+    mask = mask_of(lambda b, h, q, k: (q - k < window) | (k < num_sinks), length, queries=queries, local=local)
     assert flash._alike(mask, local) is None
 
 
-def test_heads_that_share_keys_and_see_different_things_need_a_mask(monkeypatch):
+def test_heads_that_share_keys_and_see_different_things_need_a_mask():
     mask = mask_of(lambda b, h, q, k: k <= q, 9, local=(Local(), Local(window=3)) * 2)
     assert not isinstance(FlashKernel().prepare(mask), list)
