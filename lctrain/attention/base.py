@@ -87,7 +87,7 @@ class MaskedAttention(Attention):
         """The pattern of one layer as a function of positions."""
 
     def local(self, layout: Layout, head: int) -> Local | None:
-        """All that a query head of the layer sees, if that is its group or recent tokens and sinks: kernels know these."""
+        """All that a query head sees, where that is its group, or recent tokens and sinks. Kernels know these."""
         return None
 
     def local_heads(self, layout: Layout, heads: Iterable[int]) -> tuple[Local, ...] | None:

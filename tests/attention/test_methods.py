@@ -129,7 +129,7 @@ def test_what_kernels_are_told_of_a_head_is_the_pattern(method_of, name):
     for (pattern, layer), head in itertools.product(patterns(method_of(name)), range(4)):
         if (local := pattern.local(layout_of(layer), head)) is not None:
             visible = pattern.visible(layout_of(layer))(torch.tensor(0), torch.tensor(head), i[:, None], i)
-            near = i[:, None] - i < (local.window or 40)
+            near = (i[:, None] - i < (local.window or 40)) | (i < local.num_sinks)
             group = (i + local.shift) // (local.group or 40 + local.shift)
             causal = i <= i[:, None]
             assert torch.equal((visible & causal).expand(40, 40), near & (group[:, None] == group) & causal)
