@@ -25,12 +25,11 @@ Window = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Sinks(NamedTuple):
-    """The first `num` tokens of a document, for its queries behind the first `window`. All rows are alike."""
+    """A document's first tokens, for its queries behind the first `window`. All rows are alike."""
 
-    num: int
     window: int
-    starts: Tensor  # [P]: a document's first token
-    chunks: Tensor  # [N, 4], int32: a document's first token, its queries' first and end, and its place in `starts`
+    tokens: Tensor  # [P, S]
+    chunks: Tensor  # [N, 4], int32: a document's first token, its queries' first and end, and its place in `tokens`
 
 
 def find_sinks(num: int, window: int, cu_seqlens: Tensor, device: torch.device) -> Sinks | None:
@@ -45,7 +44,8 @@ def find_sinks(num: int, window: int, cu_seqlens: Tensor, device: torch.device) 
     number = torch.arange(len(document)) - (counts.cumsum(0) - counts)[document]
     begins = (starts + window)[document] + number * size
     chunks = torch.stack((starts[document], begins, torch.minimum(begins + size, ends[document]), document), dim=1)
-    return Sinks(num, window, starts.to(device), chunks.int().to(device))
+    tokens = starts[:, None] + torch.arange(num)
+    return Sinks(window, tokens.to(device), chunks.int().to(device))
 
 
 def padded(num: int, head_dim: int) -> tuple[int, int]:
@@ -93,9 +93,8 @@ class _Begin(torch.autograd.Function):
         sums = add_gradients(
             sinks, q_BLHD, k_BLKD, v_BLKD, out_BLHD, lse_BHL, d_out_BLHD, d_qkv[0], ctx.scaling
         )  # fmt: skip
-        tokens = (sinks.starts[:, None] + torch.arange(sinks.num, device=sinks.starts.device)).flatten()
         for gradient_BLKD, sum_BPSKD in zip(d_qkv[1:], sums, strict=True):
-            gradient_BLKD.index_add_(1, tokens, sum_BPSKD.flatten(1, 2).to(gradient_BLKD.dtype))
+            gradient_BLKD.index_add_(1, sinks.tokens.flatten(), sum_BPSKD.flatten(1, 2).to(gradient_BLKD.dtype))
         return None, None, None, *d_qkv
 
 

@@ -134,9 +134,9 @@ def add_gradients(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """Adds the sinks' share to dq; returns theirs of dk and dv in fp32, [B, P, S, K, D]."""
-    (num_rows, _, length), num_documents = lse_BHL.shape, len(sinks.starts)
-    d_k, d_v = torch.zeros(2, num_rows, num_documents, sinks.num, *k_BLKD.shape[2:], device=q_BLHD.device)
-    many = prod(padded(sinks.num, k_BLKD.shape[3])) > 2**13
+    (num_rows, _, length), (num_documents, num) = lse_BHL.shape, sinks.tokens.shape
+    d_k, d_v = torch.zeros(2, num_rows, num_documents, num, *k_BLKD.shape[2:], device=q_BLHD.device)
+    many = prod(padded(num, k_BLKD.shape[3])) > 2**13
     _gradients[(len(sinks.chunks), k_BLKD.shape[2], num_rows)](
         q_BLHD, k_BLKD, v_BLKD, out_BLHD, lse_BHL, d_out_BLHD, d_q_BLHD, d_k, d_v, sinks.chunks, length, sinks.window,
         num_documents, scaling, scaling / LN_2.value,
@@ -152,7 +152,7 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def _shape(sinks: Sinks, q_BLHD: Tensor, k_BLKD: Tensor, config: dict[str, int]) -> dict[str, Any]:
-    head_dim = q_BLHD.shape[3]
-    num, width = padded(sinks.num, head_dim)
-    shape = {"NUM": sinks.num, "SINKS": num, "G": q_BLHD.shape[2] // k_BLKD.shape[2], "D": head_dim, "WIDTH": width}
+    num, head_dim = sinks.tokens.shape[1], q_BLHD.shape[3]
+    held, width = padded(num, head_dim)
+    shape = {"NUM": num, "SINKS": held, "G": q_BLHD.shape[2] // k_BLKD.shape[2], "D": head_dim, "WIDTH": width}
     return shape | config | (WIDE if head_dim > 128 else {})

@@ -157,10 +157,11 @@ def sinks_triton():
 
     def parts(sinks, q, k, lse, scaling):
         """Of each chunk of each row: its document, queries, sinks, their sums, and the scores [H, queries, sinks]."""
+        num = sinks.tokens.shape[1]
         for row, (start, begin, end, document) in product(range(len(lse)), sinks.chunks.tolist()):
-            rows, keys = (row, slice(begin, end)), (row, slice(start, start + sinks.num))
+            rows, keys = (row, slice(begin, end)), (row, slice(start, start + num))
             scores = torch.einsum("thd,shd->hts", q[rows], shared(k, keys, q)) * scaling
-            i, j = torch.arange(begin, end)[:, None], torch.arange(start, start + sinks.num)
+            i, j = torch.arange(begin, end)[:, None], torch.arange(start, start + num)
             scores = scores.masked_fill(i - j < sinks.window, -torch.inf)
             yield (row, document), rows, keys, lse[row, :, begin:end], scores
 
@@ -175,7 +176,7 @@ def sinks_triton():
             before.copy_(merged)
 
     def add_gradients(sinks, q, k, v, out, lse, d_out, d_q, scaling):
-        d_k, d_v = q.new_zeros(2, len(lse), len(sinks.starts), sinks.num, *k.shape[2:])
+        d_k, d_v = q.new_zeros(2, len(lse), *sinks.tokens.shape, *k.shape[2:])
         for document, rows, keys, whole, scores in parts(sinks, q, k, lse, scaling):
             weights = (scores - whole[..., None]).exp()
             d_weights = torch.einsum("thd,shd->hts", d_out[rows], shared(v, keys, q))
