@@ -78,6 +78,12 @@ class MaskedAttention(Attention):
 
     `visible` sees positions *inside a document*, so a packed document attends exactly as it would alone. Causality,
     documents, padding and the model's own window are and-ed to every pattern where it is installed, never here.
+
+    Patterns of one class and equal fields mean the same mask, which a forward prepares once for each `layer_group` and
+    group of heads. So a pattern is a frozen dataclass, and `visible` depends on its fields and the layout alone. A
+    pattern that is more than the values of its fields (`lctrain.attention.identity`), such as one that holds a tensor
+    made from q and k, is prepared anew on each call and never remembered.
+
     Written with + - * // % comparisons & | ~ it is also evaluated on intervals of positions, and which blocks it leaves
     empty or fills costs nothing to find (`lctrain.kernels.interval`); anything else works, and builds more slowly.
     """

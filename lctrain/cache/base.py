@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
+from lctrain.cache.state import State
 from lctrain.errors import InputError
 from lctrain.kernels.base import Kernel
 from lctrain.kernels.one_query import Buffer
@@ -51,15 +52,23 @@ class Forward:
     shared: dict[Any, Any]  # by all layers of the forward: what was prepared for one serves the others
 
 
-class Store(ABC):
-    """The keys and values that some heads of one layer keep: a policy is a way to store and to attend.
+class Store(State, ABC):
+    """What some heads of one layer keep, keys, values and more: a policy is a way to store and to attend.
 
-    `keys` and `values` are buffers [B, K, ≥ kept, D]; rows of the batch are selected in them for beams.
+    `keys` and `values` are buffers [B, K, ≥ kept, D]. Any other tensor that a store keeps begins with the batch too:
+    beams select rows of all of them, and a reset brings every attribute back to what it was before the first token.
     """
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+
+    def __init_subclass__(cls) -> None:
+        """Leave `buffer` and `crop` of a base behind where `attend` is the class's own: they know only the base's."""
+        super().__init_subclass__()
+        if "attend" in vars(cls):
+            for name in {"buffer", "crop"} - vars(cls).keys():
+                setattr(cls, name, getattr(Store, name))
 
     @abstractmethod
     def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, start: int, forward: Forward) -> Tensor:
@@ -72,6 +81,15 @@ class Store(ABC):
         """With room for one token behind so many; None where a token takes more than to be stored and see all."""
         return None
 
+    def crop(self, length: int) -> None:
+        """Forget the tokens from `length` on. Without it tokens can't be taken back."""
+        raise NotImplementedError
+
+    @property
+    def can_crop(self) -> bool:
+        """Whether the last tokens can be taken back."""
+        return self.keeps_all and type(self).crop is not Store.crop
+
     @property
     def room(self) -> float:
         """How many tokens fit before a buffer must grow."""
@@ -79,7 +97,7 @@ class Store(ABC):
 
     @property
     def keeps_all(self) -> bool:
-        """Whether nothing is forgotten: any method may attend, and the last tokens can be taken back."""
+        """Whether nothing is forgotten: any method may attend."""
         return False
 
 

@@ -49,6 +49,9 @@ class AllKeys(Store):
             larger[:, :, :start] = buffer[:, :, :start]
         return larger
 
+    def crop(self, length: int) -> None:
+        """What lies from `length` on is written over before it is seen."""
+
     @property
     def room(self) -> int:
         return 0 if self.keys is None else self.keys.shape[2]

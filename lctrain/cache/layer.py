@@ -43,6 +43,7 @@ class CacheLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self.parts = parts
         self.length = 0
+        self._new = [part.store.twin() for part in parts]
 
     @property
     def keeps_all(self) -> bool:
@@ -54,7 +55,7 @@ class CacheLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keeps nothing yet: `attend` comes in the same layer, and knows the queries."""
-        held = next((part.store.keys.shape[0] for part in self.parts if part.store.keys is not None), None)
+        held = next((rows for part in self.parts if (rows := part.store.num_rows) is not None), None)
         if held not in (None, key_states.shape[0]):
             raise InputError(
                 f"the cache holds {held} rows, not {key_states.shape[0]}; for several continuations of each, "
@@ -129,23 +130,25 @@ class CacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.length = 0
-        for part in self.parts:
-            part.store.keys = part.store.values = None
+        for part, new in zip(self.parts, self._new, strict=True):
+            part.store.become(new.twin())
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
-        return self.keeps_all
+        return all(part.store.can_crop for part in self.parts)
 
     def activate_past_recording(self) -> None:
         """Assisted generation announces here that it will take tokens back."""
         if not self.is_croppable:
-            raise InputError("what a streaming head forgot can't be brought back: assisted generation needs cache=full")
+            raise InputError("what was forgotten can't be brought back: assisted generation needs cache=full")
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last tokens, given as a negative number."""
         if tokens_to_remove:
             self.activate_past_recording()
             self.length -= abs(tokens_to_remove)
+            for part in self.parts:
+                part.store.crop(self.length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -153,19 +156,12 @@ class CacheLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times, for as many continuations."""
         for part in self.parts:
-            if part.store.keys is not None:
-                rows = torch.arange(part.store.keys.shape[0], device=part.store.keys.device)
-                self._select(part.store, rows.repeat_interleave(repeats))
+            part.store.select(torch.arange(part.store.num_rows or 0).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these rows, in this order."""
         for part in self.parts:
-            self._select(part.store, indices)
-
-    def _select(self, store: Store, rows: Tensor) -> None:
-        if store.keys is not None and store.values is not None:
-            rows = rows.to(store.keys.device)
-            store.keys, store.values = store.keys[rows], store.values[rows]
+            part.store.select(indices)
 
 
 def is_installed(model: PreTrainedModel) -> bool:

@@ -17,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from lctrain.attention.base import Attention, Layout, MaskedAttention
 from lctrain.attention.full import FullAttention
+from lctrain.attention.identity import value
 from lctrain.cache.base import Forward
 from lctrain.cache.layer import Fresh
 from lctrain.errors import InputError
@@ -193,35 +194,39 @@ class _Installed:
     ) -> Any:
         """What the kernel made of a pattern's mask, for all layers and heads that see the same."""
         head_groups = pattern.head_groups(layout, q.shape[1])
-        key = (repr(pattern), pattern.layer_group(layout.layer_idx), head_groups)
-        if key not in mask.prepared:
-            last = mask.q_offset + mask.q_length == mask.kv_offset + mask.kv_length  # the queries are the last keys'
-            plain = mask.mask_function is causal_mask_function and mask.padding_BS is None and last
-            heads = range(layout.first_head, layout.first_head + len(head_groups))
-            local = pattern.local_heads(layout, heads) if plain else None
-            if position_ids is None and not (local and all(one.is_causal(mask.kv_length) for one in local)):
-                raise InputError(f"{type(module).__name__} hands no position_ids to its attention; it can't be masked")
-            positions, documents = self._tables(mask, position_ids)
-            mask.prepared[key] = self.kernel.prepare(
-                Mask(
-                    q_length=mask.q_length,
-                    kv_length=mask.kv_length,
-                    num_heads=len(head_groups),
-                    num_key_value_groups=q.shape[1] // k.shape[1],
-                    head_dim=q.shape[-1],
-                    device=q.device,
-                    dtype=q.dtype,
-                    allowed=mask.mask_function,
-                    visible=pattern.visible(layout),
-                    q_offset=mask.q_offset,
-                    kv_offset=mask.kv_offset,
-                    positions=positions,
-                    documents=documents,
-                    num_rows=mask.batch,
-                    local=local,
-                )
+        told = value(pattern)
+        key = (told, pattern.layer_group(layout.layer_idx), head_groups)
+        if told is not None and key in mask.prepared:
+            return mask.prepared[key]
+        last = mask.q_offset + mask.q_length == mask.kv_offset + mask.kv_length  # the queries are the last keys'
+        plain = mask.mask_function is causal_mask_function and mask.padding_BS is None and last
+        heads = range(layout.first_head, layout.first_head + len(head_groups))
+        local = pattern.local_heads(layout, heads) if plain else None
+        if position_ids is None and not (local and all(one.is_causal(mask.kv_length) for one in local)):
+            raise InputError(f"{type(module).__name__} hands no position_ids to its attention; it can't be masked")
+        positions, documents = self._tables(mask, position_ids)
+        prepared = self.kernel.prepare(
+            Mask(
+                q_length=mask.q_length,
+                kv_length=mask.kv_length,
+                num_heads=len(head_groups),
+                num_key_value_groups=q.shape[1] // k.shape[1],
+                head_dim=q.shape[-1],
+                device=q.device,
+                dtype=q.dtype,
+                allowed=mask.mask_function,
+                visible=pattern.visible(layout),
+                q_offset=mask.q_offset,
+                kv_offset=mask.kv_offset,
+                positions=positions,
+                documents=documents,
+                num_rows=mask.batch,
+                local=local,
             )
-        return mask.prepared[key]
+        )
+        if told is not None:
+            mask.prepared[key] = prepared
+        return prepared
 
     def _tables(self, mask: _Mask, position_ids: Tensor | None) -> tuple[Sides | None, Sides | None]:
         """Positions and documents of the whole row, found once per forward."""

@@ -11,18 +11,17 @@ from transformers import PreTrainedConfig
 
 from lctrain.attention.base import Attention, Layout, MaskedAttention
 from lctrain.attention.full import FullAttention
+from lctrain.attention.identity import kind
+from lctrain.plan.cards import CARDS
 
 SAMPLED_QUERIES = 64  # rows of the mask that stand for all when pairs are counted
 GOLDEN_RATIO = (1 + 5**0.5) / 2  # whose multiples spread evenly between whole numbers
-
-# Dense bf16 matrix rates of the vendors' datasheets, FLOP/s.
-DATASHEET_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 
 
 def device_peak_flops(device: torch.device) -> float:
     """The datasheet's dense bf16 rate of a known card; else what a matrix product reaches here, in FLOP/s."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    known = [rate for card, rate in DATASHEET_FLOPS.items() if card in name]
+    known = [card.flops for card_name, card in CARDS.items() if card_name in name]
     return known[0] if known else _measured_flops(device)
 
 
@@ -120,8 +119,8 @@ def attention_flops(config: Any, method: Attention, length: int) -> float:
     pairs = 0.0  # of a query and its keys, over heads and layers
     for layer in range(config.num_hidden_layers):
         for pattern, num_heads in method.parts(layer_layout(config, length, layer)):
-            kind = repr(pattern), pattern.layer_group(layer), own_window(config, layer)
-            if kind not in seen:
-                seen[kind] = visible_keys(pattern, config, length, layer)
-            pairs += num_heads * seen[kind]
+            key = kind(pattern), pattern.layer_group(layer), own_window(config, layer)
+            if key not in seen:
+                seen[key] = visible_keys(pattern, config, length, layer)
+            pairs += num_heads * seen[key]
     return float(4 * head_dim * pairs)

@@ -58,7 +58,7 @@ def logits(model, policy, tokens, sizes):
         return torch.cat([model(part, past_key_values=cache).logits for part in tokens.split(sizes, dim=1)], dim=1)
 
 
-@pytest.mark.parametrize("kernel", ["flash", "cudnn", "flex", "sdpa"])
+@pytest.mark.parametrize("kernel", ["flash", "cudnn", "varlen", "flash2", "flex", "sdpa"])
 @pytest.mark.parametrize("policy", ["full", "duo"])
 def test_chunks_equal_one_pass_under_the_pattern(model, tokens, tmp_path, policy, kernel):
     PATTERN.write_json(tmp_path / "head_pattern.json")
@@ -73,7 +73,7 @@ def test_chunks_equal_one_pass_under_the_pattern(model, tokens, tmp_path, policy
     assert torch.linalg.norm(found - expected) < 2e-2 * torch.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("kernel", ["flash", "flex"])
+@pytest.mark.parametrize("kernel", ["flash", "varlen", "flash2", "flex"])
 def test_positions_in_the_cache_on_a_doubled_head(model, tokens, kernel):
     on(model, "reference")
     expected = logits(model, POLICIES["duo in the cache"], tokens, [1] * LENGTH).float()
@@ -97,7 +97,7 @@ def test_graphs_decode_what_a_step_decodes(tokens, policy):
     assert decoded[0].unique().numel() > 10
 
 
-@pytest.mark.parametrize("kernel", ["flash", "cudnn"])
+@pytest.mark.parametrize("kernel", ["flash", "cudnn", "varlen", "flash2"])
 def test_prompts_of_any_length_compile_nothing_anew(model, tokens, kernel):
     """Only whole chunks and powers of two reach what is compiled."""
     on(model, kernel)

@@ -1,7 +1,21 @@
+import weakref
+from dataclasses import dataclass, field
+
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, FalconConfig, FalconForCausalLM, MptConfig, MptForCausalLM
+from torch import Tensor
+from transformers import (
+    AttentionInterface,
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+)
+from transformers.masking_utils import AttentionMaskInterface
 
+from lctrain.attention.base import Attention, MaskedAttention
 from lctrain.attention.full import FullAttention
 from lctrain.attention.sliding_window import SlidingWindowAttention
 from lctrain.errors import InputError
@@ -109,3 +123,113 @@ def test_a_mask_is_prepared_once_for_all_layers_of_a_forward(tiny, ids, monkeypa
         install(model, SlidingWindowAttention(sliding_window=widths))
         model(input_ids=ids(1, 20))
         assert len(calls) == expected
+
+
+class Chosen(MaskedAttention):
+    """A token sees itself, and before it the keys of `seen_S`."""
+
+    def visible(self, layout):
+        return lambda b, h, q_pos, kv_pos: self.seen_S[kv_pos] | (q_pos == kv_pos)
+
+
+@dataclass(frozen=True)
+class Hidden(Chosen):
+    seen_S: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class ByIdentity(Chosen):
+    seen_S: Tensor = field(repr=False)
+
+
+class Changing(Chosen):
+    """One object whose tensor is another in each layer."""
+
+    def __repr__(self):
+        return "Changing()"
+
+
+changing = Changing()
+
+
+def changed(seen_S):
+    changing.seen_S = seen_S
+    return changing
+
+
+@dataclass(frozen=True)
+class Listed(Chosen):
+    """A value: what is seen is in its fields."""
+
+    seen: tuple[bool, ...] = field(repr=False)
+
+    @property
+    def seen_S(self):
+        return torch.tensor(self.seen)
+
+
+def largest_S(k_BKSD):
+    """Half of the keys, in each layer others."""
+    norms_S = k_BKSD.detach().norm(dim=-1).mean((0, 1))
+    return norms_S > norms_S.median()
+
+
+class Choosing(Attention):
+    """Sees the keys that are larger than half of them: a pattern that depends on k."""
+
+    def __init__(self, pattern):
+        self.pattern = pattern
+
+    def attend(self, module, q, k, v, layout, run):
+        return run(self.pattern(largest_S(k)), q, k, v)
+
+    def parts(self, layout):
+        raise NotImplementedError
+
+
+def naive_choosing(module, q, k, v, mask, scaling, **_):
+    length = k.shape[2]
+    sees = torch.ones(length, length).tril().bool() & (largest_S(k) | torch.eye(length).bool())
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = (q @ k.mT * scaling).masked_fill(~sees, float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "reference"])
+@pytest.mark.parametrize(
+    "pattern",
+    [Hidden, ByIdentity, changed, lambda seen_S: Listed(tuple(seen_S.tolist()))],
+    ids=["hidden", "identity", "changing", "listed"],
+)
+def test_a_pattern_made_of_keys_is_each_layers_own(tiny, ids, pattern, kernel):
+    model, expected, tokens = tiny("llama", num_hidden_layers=4), tiny("llama", num_hidden_layers=4), ids(2, 20)
+    install(model, Choosing(pattern), kernel)
+    AttentionInterface.register("choosing", naive_choosing)
+    AttentionMaskInterface.register("choosing", lambda **_: None)
+    expected.set_attn_implementation("choosing")
+    with torch.no_grad():
+        found, expected = (m(input_ids=tokens, use_cache=False).logits for m in (model, expected))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+class Kept(list):
+    """What a kernel prepared, which a weak reference may point to."""
+
+
+def test_what_is_no_value_is_prepared_anew_and_not_kept(tiny, ids, monkeypatch):
+    prepare, made, alive = SDPAKernel.prepare, [], []
+
+    def watched(self, mask):
+        alive.append(sum(reference() is not None for reference in made))
+        prepared = Kept(prepare(self, mask))
+        made.append(weakref.ref(prepared))
+        return prepared
+
+    monkeypatch.setattr(SDPAKernel, "prepare", watched)
+    model = tiny("llama", num_hidden_layers=4)
+    for pattern, expected in ((Hidden, [0, 0, 0, 0]), (lambda seen_S: Listed((True, False) * 10), [0])):
+        alive.clear()
+        install(model, Choosing(pattern), "sdpa")
+        with torch.no_grad():
+            model(input_ids=ids(1, 20))
+        assert alive == expected
