@@ -22,7 +22,7 @@ examples:
   lctrain benchmark gates experiment=duo model=llama3_8b model.dtype=bfloat16 lengths=[32768] trainer.accelerator=auto
   lctrain benchmark serve model=llama3_8b trainer.accelerator=auto model.dtype=bfloat16
   lctrain benchmark retrieval model.path=<folder> retrieval.pattern=<folder> evaluation=default sequence_length=8192
-  lctrain benchmark kernels kernels.lengths=[16384,131072] kernel=flash
+  lctrain benchmark kernels kernels.lengths=[16384,131072] kernels.backends=[flash,cudnn,varlen,flex]
 """
 
 from omegaconf import DictConfig

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
@@ -28,6 +27,7 @@ from lctrain.kernels.base import Demand, Kernel
 from lctrain.kernels.block_mask import BLOCK, block_mask
 from lctrain.kernels.choose import choose
 from lctrain.kernels.mask import Mask
+from lctrain.tables import show
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ class Heads:
 class Result:
     """One pattern at one length: medians in seconds, rates on the pairs that the pattern needs."""
 
+    kernel: str
     pattern: str
     packed: bool
     length: int
@@ -64,14 +65,14 @@ class Result:
     forward_seconds: float
     seconds: float  # forward and backward
     tflops_per_second: float
-    of_full: float | None = None  # the rate over that of "full", not packed, of this length
+    of_full: float | None = None  # the rate over that of "full", not packed, of this kernel and length
 
 
 FIELDS = [field.name for field in fields(Result)]
 
 
 def kernels(cfg: DictConfig) -> list[Result]:
-    """Every pattern, alone and packed, at `kernels.lengths`; a case that fails is told and left out.
+    """Time every pattern, alone and packed, at every length on every backend; report a case that fails and go on.
 
     Every row goes into run_dir/kernels.jsonl as it is measured. Raises InputError without a CUDA device.
     """
@@ -79,24 +80,25 @@ def kernels(cfg: DictConfig) -> list[Result]:
         raise InputError("benchmark kernels needs a CUDA device")
     heads = Heads(**{name: cfg.kernels[name] for name in Heads.__dataclass_fields__})
     demand = Demand(device_type="cuda", dtype=torch.bfloat16, head_dim=heads.head_dim, softcap=None)
-    name, kernel = choose(cfg.kernel, demand)
+    chosen = dict(choose(name, demand) for name in cfg.kernels.backends or [cfg.kernel])
     points = Points(Path(cfg.run_dir) / "kernels.jsonl", cfg.minutes)
-    for length, packed, pattern in product(cfg.kernels.lengths, (False, True), cfg.kernels.patterns):
+    cases = product(cfg.kernels.lengths, (False, True), cfg.kernels.patterns, chosen.items())
+    for length, packed, pattern, (name, kernel) in cases:
         point = asdict(heads) | {"kernel": name, "pattern": pattern, "packed": packed, "length": length}
-        points.measure(point, partial(_tried, kernel, pattern, packed, length, heads, cfg.num_repeats))
+        points.measure(point, partial(_tried, name, kernel, pattern, packed, length, heads, cfg.num_repeats))
     measured = [row for row in points.rows if "error" not in row]
     results = _against_full([Result(**{field: row[field] for field in FIELDS}) for row in measured])
-    _print(name, results, points.told())
+    _print(results, points.told())
     return results
 
 
-def _tried(kernel: Kernel, pattern: str, *case: Any) -> dict[str, Any]:
+def _tried(name: str, kernel: Kernel, pattern: str, *case: Any) -> dict[str, Any]:
     try:
-        return asdict(_case(kernel, pattern, *case))
+        return asdict(_case(name, kernel, pattern, *case))
     except torch.OutOfMemoryError:
         return {"error": DOES_NOT_FIT}
     except Exception as error:  # another case may well run
-        log.exception("%s failed", pattern)
+        log.exception("%s on kernel=%s failed", pattern, name)
         return {"error": f"{type(error).__name__}: {error}"[:500]}
     finally:
         torch.cuda.empty_cache()
@@ -155,7 +157,7 @@ def packed_documents(length: int) -> list[int]:
     return [*sizes, length - sum(sizes)]
 
 
-def _case(kernel: Kernel, pattern: str, packed: bool, length: int, heads: Heads, num_repeats: int) -> Result:
+def _case(name: str, kernel: Kernel, pattern: str, packed: bool, length: int, heads: Heads, num_repeats: int) -> Result:
     documents = packed_documents(length) if packed else [length]
     mask = row_mask(PATTERNS[pattern], length, heads, documents, "cuda")
     pairs = count_pairs(mask)
@@ -188,6 +190,7 @@ def _case(kernel: Kernel, pattern: str, packed: bool, length: int, heads: Heads,
     # Two products of 2·D operations a pair forward, five backward: 4·D·pairs·H, and 2.5 times that.
     flops = 3.5 * 4 * heads.head_dim * pairs * heads.num_attention_heads
     result = Result(
+        kernel=name,
         pattern=pattern,
         packed=packed,
         length=length,
@@ -234,16 +237,20 @@ def _seconds(run: Callable[[], Any], count: int) -> float:
 
 
 def _against_full(rows: list[Result]) -> list[Result]:
-    full = {row.length: row.tflops_per_second for row in rows if row.pattern == "full" and not row.packed}
-    return [replace(r, of_full=r.tflops_per_second / full[r.length] if r.length in full else None) for r in rows]
+    full = {(r.kernel, r.length): r.tflops_per_second for r in rows if r.pattern == "full" and not r.packed}
+    rates = [full.get((row.kernel, row.length)) for row in rows]
+    return [replace(r, of_full=rate and r.tflops_per_second / rate) for r, rate in zip(rows, rates, strict=True)]
 
 
-def _print(name: str, results: list[Result], told: str) -> None:
-    table = Table("tokens", "pattern", "forward ms", "with backward ms", "TF/s", "of full", "mask ms", "mask MiB")
+def _print(results: list[Result], told: str) -> None:
+    table = Table(
+        "tokens", "pattern", "kernel", "forward ms", "with backward ms", "TF/s", "of full", "mask ms", "mask MiB"
+    )
     for row in results:
         table.add_row(
             f"{row.length:,}",
             row.pattern + (", packed" if row.packed else ""),
+            row.kernel,
             f"{1000 * row.forward_seconds:,.2f}",
             f"{1000 * row.seconds:,.2f}",
             f"{row.tflops_per_second:,.0f}",
@@ -251,6 +258,6 @@ def _print(name: str, results: list[Result], told: str) -> None:
             f"{1000 * row.mask_seconds:,.1f}",
             f"{row.mask_bytes / 2**20:,.1f}",
         )
-    Console(width=120).print(table)
+    show(table)
     below = sum(row.of_full is not None and row.of_full < GOAL for row in results)
-    print(f"kernel={name}: {len(results) - below} of {len(results)} at or above {GOAL:.0%} of full; {told}")
+    print(f"{len(results) - below} of {len(results)} at or above {GOAL:.0%} of full; {told}")

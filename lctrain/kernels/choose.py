@@ -4,13 +4,17 @@ from lctrain.errors import InputError
 from lctrain.kernels.base import Demand, Kernel
 from lctrain.kernels.cudnn import CudnnKernel
 from lctrain.kernels.flash import FlashKernel
+from lctrain.kernels.flash2 import Flash2Kernel
 from lctrain.kernels.flex import FlexKernel
 from lctrain.kernels.reference import ReferenceKernel
 from lctrain.kernels.sdpa import SDPAKernel
+from lctrain.kernels.varlen import VarlenKernel
 
 KERNELS: dict[str, type[Kernel]] = {  # the fastest first, as measured in docs/results/kernels.md
     "flash": FlashKernel,
     "cudnn": CudnnKernel,
+    "varlen": VarlenKernel,
+    "flash2": Flash2Kernel,
     "flex": FlexKernel,
     "sdpa": SDPAKernel,
     "reference": ReferenceKernel,

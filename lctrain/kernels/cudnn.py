@@ -1,9 +1,10 @@
-"""cuDNN's fused attention for plain causal rows, FlexAttention for patterns.
+"""cuDNN's fused attention for plain causal rows; all else as `varlen`.
 
-Its causal mask begins at the first key: a chunk of queries behind other keys takes torch's flash attention.
+Its causal mask begins at the first key: a chunk of queries after other keys takes torch's flash attention.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,29 +12,21 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
-from lctrain.kernels.base import HALF, Demand
 from lctrain.kernels.few_queries import FEW
-from lctrain.kernels.flex import FlexKernel
 from lctrain.kernels.mask import Mask
+from lctrain.kernels.varlen import VarlenKernel
 
 
-class CudnnKernel(FlexKernel):
-    """The fastest causal attention that torch brings along."""
+class CudnnKernel(VarlenKernel):
+    """The fastest of what torch brings along, mask by mask."""
+
+    head_dims: ClassVar[Sequence[int]] = range(8, 129, 8)
 
     @classmethod
-    def refusal(cls, demand: Demand) -> str | None:
-        if reason := super().refusal(demand):
-            return reason
+    def missing(cls) -> str | None:
         if torch.cuda.is_available() and not torch.backends.cudnn.is_available():
             return "needs a torch with cuDNN"
-        if demand.softcap is not None:
-            return "can't cap attention scores as this model does; use kernel=auto"
-        if demand.dtype not in HALF or demand.head_dim > 128 or demand.head_dim % 8:
-            return (
-                "needs bfloat16 or float16 and head dimensions up to 128 that 8 divides, "
-                f"not {demand.dtype} and {demand.head_dim}"
-            )
-        return None
+        return super().missing()
 
     def prepare(self, mask: Mask) -> Any:
         if not mask.causal or (mask.q_length < FEW and not mask.square):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 MIN_SINKS = 16  # what tensor cores take
 MAX_NUMBERS = 2**14  # of a head's sinks, which a program holds with the sums of their gradients
+ROOM = 160 * 2**10  # bytes of shared memory for as many, as Triton compiles it; Ada has 99 KiB, where half of them fit
 NUM_CHUNKS = 128  # of all tokens: with the key-value heads enough to fill a card
 MIN_CHUNK = 128
 
@@ -53,10 +54,20 @@ def padded(num: int, head_dim: int) -> tuple[int, int]:
     return max(MIN_SINKS, 1 << (num - 1).bit_length()), 1 << (head_dim - 1).bit_length()
 
 
-def fits(num: int, head_dim: int) -> bool:
-    """Whether a program holds so many."""
+def fits(num: int, head_dim: int, device: torch.device) -> bool:
+    """Return whether a program on `device` holds so many."""
     sinks, width = padded(num, head_dim)
-    return sinks * width <= MAX_NUMBERS
+    if shared_memory(device) >= ROOM:
+        return sinks * width <= MAX_NUMBERS
+    return sinks * width <= (MAX_NUMBERS // 2 if width <= 128 else MAX_NUMBERS // 4)
+
+
+def shared_memory(device: torch.device) -> int:
+    """Return how many bytes a program may share among its threads; without a card, enough."""
+    if device.type != "cuda":
+        return ROOM
+    num_bytes: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return num_bytes
 
 
 def with_sinks(attend: Window, sinks: Sinks, q_BLHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, scaling: float) -> Tensor:

@@ -29,9 +29,9 @@ def _read(  # type: ignore[no-untyped-def]
     return tl.load(start + n[:, None] * stride + d[None], mask=(n[:, None] < NUM) & (d[None] < D), other=0.0)
 
 
-@triton.jit(do_not_specialize=["length", "window"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["window", "lse_row", "lse_head"])  # type: ignore[untyped-decorator]
 def _merge(  # type: ignore[no-untyped-def]
-    q, k, v, out, lse, chunks, length, window, scaling_log2,
+    q, k, v, out, lse, chunks, window, scaling_log2, lse_row, lse_head,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, out_row, out_token, out_head,
     NUM: tl.constexpr, SINKS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +50,7 @@ def _merge(  # type: ignore[no-untyped-def]
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scaling_log2
         seen = (index[:, None] - start - n[None] >= window) & (n[None] < NUM)
         scores = tl.where(seen, scores, -float("inf"))
-        place = lse + (row * tl.num_programs(1) + head) * length + index
+        place = lse + row * lse_row + head * lse_head + index
         before = tl.load(place, mask=index < end, other=0.0) / LN_2
         most = tl.maximum(before, tl.max(scores, 1))
         faded, weights = tl.exp2(before - most), tl.exp2(scores - most[:, None])
@@ -62,9 +62,9 @@ def _merge(  # type: ignore[no-untyped-def]
         tl.store(place, (most + tl.log2(sums)) * LN_2, mask=index < end)
 
 
-@triton.jit(do_not_specialize=["length", "window", "num_documents"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["window", "num_documents", "lse_row", "lse_head"])  # type: ignore[untyped-decorator]
 def _gradients(  # type: ignore[no-untyped-def]
-    q, k, v, out, lse, d_out, d_q, d_k, d_v, chunks, length, window, num_documents, scaling, scaling_log2,
+    q, k, v, out, lse, d_out, d_q, d_k, d_v, chunks, window, num_documents, scaling, scaling_log2, lse_row, lse_head,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, out_row, out_token, out_head,
     d_out_row, d_out_token, d_out_head, d_q_row, d_q_token, d_q_head,
     NUM: tl.constexpr, SINKS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
@@ -89,9 +89,7 @@ def _gradients(  # type: ignore[no-untyped-def]
         upstream = tl.load(place, mask=valid, other=0.0)
         tile = tl.load(out + row * out_row + token * out_token + head * out_head + d[None], mask=valid, other=0.0)
         delta = tl.sum(tile.to(tl.float32) * upstream.to(tl.float32), 1)
-        whole = (
-            tl.load(lse + (row * tl.num_programs(1) * G + head) * length + index, mask=index < end, other=0.0) / LN_2
-        )
+        whole = tl.load(lse + row * lse_row + head * lse_head + index, mask=index < end, other=0.0) / LN_2
         # Sinks by queries: so the weights are what the sums multiply next, as they are.
         scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scaling_log2
         seen = (index[None] - start - n[:, None] >= window) & (n[:, None] < NUM)
@@ -113,12 +111,12 @@ def _gradients(  # type: ignore[no-untyped-def]
 def merge(
     sinks: Sinks, q_BLHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, out_BLHD: Tensor, lse_BHL: Tensor, scaling: float
 ) -> None:
-    """Writes output and log-sum-exp of window and sinks over those of the window."""
-    assert lse_BHL.is_contiguous()
-    num_rows, num_heads, length = lse_BHL.shape
+    """Write output and log-sum-exp of window and sinks over those of the window. Tokens of `lse_BHL` are neighbours."""
+    assert lse_BHL.stride(2) == 1
+    num_rows, num_heads, _ = lse_BHL.shape
     _merge[(len(sinks.chunks), num_heads, num_rows)](
-        q_BLHD, k_BLKD, v_BLKD, out_BLHD, lse_BHL, sinks.chunks, length, sinks.window, scaling / LN_2.value,
-        *_strides(q_BLHD, k_BLKD, v_BLKD, out_BLHD), **_shape(sinks, q_BLHD, k_BLKD, MERGE),
+        q_BLHD, k_BLKD, v_BLKD, out_BLHD, lse_BHL, sinks.chunks, sinks.window, scaling / LN_2.value,
+        *lse_BHL.stride()[:2], *_strides(q_BLHD, k_BLKD, v_BLKD, out_BLHD), **_shape(sinks, q_BLHD, k_BLKD, MERGE),
     )  # fmt: skip
 
 
@@ -134,12 +132,12 @@ def add_gradients(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """Adds the sinks' share to dq; returns theirs of dk and dv in fp32, [B, P, S, K, D]."""
-    (num_rows, _, length), (num_documents, num) = lse_BHL.shape, sinks.tokens.shape
+    num_rows, (num_documents, num) = lse_BHL.shape[0], sinks.tokens.shape
     d_k, d_v = torch.zeros(2, num_rows, num_documents, num, *k_BLKD.shape[2:], device=q_BLHD.device)
     many = prod(padded(num, k_BLKD.shape[3])) > 2**13
     _gradients[(len(sinks.chunks), k_BLKD.shape[2], num_rows)](
-        q_BLHD, k_BLKD, v_BLKD, out_BLHD, lse_BHL, d_out_BLHD, d_q_BLHD, d_k, d_v, sinks.chunks, length, sinks.window,
-        num_documents, scaling, scaling / LN_2.value,
+        q_BLHD, k_BLKD, v_BLKD, out_BLHD, lse_BHL, d_out_BLHD, d_q_BLHD, d_k, d_v, sinks.chunks, sinks.window,
+        num_documents, scaling, scaling / LN_2.value, *lse_BHL.stride()[:2],
         *_strides(q_BLHD, k_BLKD, v_BLKD, out_BLHD, d_out_BLHD, d_q_BLHD),
         **_shape(sinks, q_BLHD, k_BLKD, MANY if many else GRADIENTS),
     )  # fmt: skip

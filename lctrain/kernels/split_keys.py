@@ -12,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lctrain.kernels.one_query import Buffer
+from lctrain.kernels.sinks import shared_memory
 
 BLOCK = 64  # keys that are loaded at once
 PROGRAMS = 2  # on each processor of the card: their loads overlap
-SHARED_MEMORY = 200 * 2**10  # bytes of a processor, for the blocks under way
 MIN_ROWS = 16  # what tensor cores take of queries
 FEW = 8  # blocks of keys that one program reads alone
 PARTS = 32  # splits that are merged at once
@@ -162,7 +162,7 @@ def launch(
             a.keys.stride(0), b.keys.stride(0), a.keys.stride(1), b.keys.stride(1),
             q.stride(0), k.stride(0), v.stride(0), out_BHLD.stride(0),
             **shape, TWO=len(pair) == 2, ROWS=max(MIN_ROWS, triton.next_power_of_2(group)), BLOCK=BLOCK,
-            num_warps=4, num_stages=max(1, min(3, SHARED_MEMORY // (2 * BLOCK * width * q.element_size()))),
+            num_warps=4, num_stages=max(1, min(3, shared_memory(q.device) // (2 * BLOCK * width * q.element_size()))),
         )  # fmt: skip
         for buffer, own, number in zip(pair, heads, splits, strict=False):
             if number > 1:

@@ -35,3 +35,24 @@ def test_needs_a_card(monkeypatch, tmp_path):
     cfg = compose("benchmark", ["what=kernels", f"run_dir={tmp_path}"])
     with pytest.raises(InputError, match="benchmark kernels needs a CUDA device"):
         kernels.kernels(cfg)
+
+
+def test_backends_are_timed_side_by_side(monkeypatch, tmp_path, capsys):
+    """Each against its own rate in full attention."""
+
+    def case(name, kernel, pattern, packed, length, *_):
+        rate = {"flash": 600.0, "varlen": 300.0}[name] * (0.5 if pattern == "streaming" else 1.0)
+        return kernels.Result(
+            kernel=name, pattern=pattern, packed=packed, length=length, pairs_per_head=1.0, mask_seconds=0.0,
+            mask_bytes=0, forward_seconds=1.0, seconds=3.0, tflops_per_second=rate,
+        )  # fmt: skip
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(kernels, "choose", lambda name, demand: (name, None))
+    monkeypatch.setattr(kernels, "_case", case)
+    options = ["kernels.backends=[flash,varlen]", "kernels.lengths=[1024]", "kernels.patterns=[full,streaming]"]
+    rows = kernels.kernels(compose("benchmark", ["what=kernels", f"run_dir={tmp_path}", *options]))
+    found = [(row.kernel, row.of_full) for row in rows if not row.packed]
+    assert found == [("flash", 1.0), ("varlen", 1.0), ("flash", 0.5), ("varlen", 0.5)]
+    assert "varlen" in capsys.readouterr().out

@@ -5,7 +5,6 @@
 
 import warnings
 from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from lctrain.attention.streaming import StreamingAttention
 from lctrain.benchmark.kernels import Heads, row_mask
 from lctrain.kernels.base import Demand
 from lctrain.kernels.choose import KERNELS
+from lctrain.kernels.local import LocalKernel
 from lctrain.kernels.reference import ReferenceKernel
 from lctrain.model.install import install
 
@@ -30,6 +30,7 @@ METHODS = {
     "streaming": StreamingAttention(num_sink_tokens=4, recent_size=150),
     "shifted_sparse": ShiftedSparseAttention(group_size_ratio=None, group_size=256),
 }
+FUSED = [name for name, kernel in KERNELS.items() if issubclass(kernel, LocalKernel)]
 COMPOSED = {"duo": DuoAttention(num_sink_tokens=4, recent_size=150, initial_gate=0.5, clamp=True)}
 SHAPES = {  # every head dimension at 4 query heads a key-value head, every such group at head dimension 128
     "64": Heads(num_attention_heads=8, num_key_value_heads=2, head_dim=64),
@@ -60,12 +61,12 @@ def run(kernel, mask, inputs, dtype, softcap=None):
 def check(name, mask, heads, softcap=None):
     """bf16 keeps 8 bits, a relative error of 2**-9 an operand; sums over hundreds of keys stay below 1e-2."""
     generator = torch.Generator("cuda").manual_seed(0)
-    kv = heads.num_key_value_heads
+    queries, keys = (heads.num_attention_heads, mask.q_length), (heads.num_key_value_heads, mask.kv_length)
     inputs = [
-        torch.randn(mask.num_rows, mask.q_length, n, heads.head_dim, device="cuda", generator=generator)
+        torch.randn(mask.num_rows, length, n, heads.head_dim, device="cuda", generator=generator)
         .bfloat16()
         .transpose(1, 2)
-        for n in (heads.num_attention_heads, kv, kv, heads.num_attention_heads)
+        for n, length in (queries, keys, keys, queries)
     ]
     expected = run(ReferenceKernel(), mask, inputs, torch.float32, softcap)
     actual = run(kernel_for(name, heads, softcap=softcap), mask, inputs, torch.bfloat16, softcap)
@@ -76,10 +77,8 @@ def check(name, mask, heads, softcap=None):
 
 @pytest.mark.parametrize("documents", [[1000], [300, 1, 699]], ids=["alone", "packed"])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(
-    ("kernel", "method"),
-    [("cudnn", "full"), *product(["flash", "flex", "sdpa"], METHODS)],  # cudnn's masks are flex's
-)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kernel", [*FUSED, "flex", "sdpa"])
 def test_equals_the_reference(kernel, method, shape, documents):
     kernel_for(kernel, SHAPES[shape])
     check(kernel, row_mask(METHODS[method], 1000, SHAPES[shape], documents, "cuda"), SHAPES[shape])
@@ -87,12 +86,21 @@ def test_equals_the_reference(kernel, method, shape, documents):
 
 @pytest.mark.parametrize("documents", [[1000], [300, 1, 699]], ids=["alone", "packed"])
 @pytest.mark.parametrize(("shape", "num_sinks"), [("64", 200), ("128", 100), ("256", 64)])
-def test_many_sinks_and_rows(shape, num_sinks, documents):
-    kernel_for("flash", SHAPES[shape])
+@pytest.mark.parametrize("kernel", FUSED)
+def test_many_sinks_and_rows(kernel, shape, num_sinks, documents):
+    kernel_for(kernel, SHAPES[shape])
     method = StreamingAttention(num_sink_tokens=num_sinks, recent_size=200)
     mask = replace(row_mask(method, 1000, SHAPES[shape], documents, "cuda"), num_rows=2)
-    assert isinstance(KERNELS["flash"]().prepare(mask), list)  # no mask
-    check("flash", mask, SHAPES[shape])
+    assert isinstance(KERNELS[kernel]().prepare(mask), list)  # no mask
+    check(kernel, mask, SHAPES[shape])
+
+
+@pytest.mark.parametrize("method", ["full", "sliding_window"])
+@pytest.mark.parametrize("kernel", [*FUSED, "flex"])
+def test_a_chunk_after_other_keys(kernel, method):
+    """The last query meets the last key, in two rows."""
+    whole = row_mask(METHODS[method], 1000, SHAPES["128"], [1000], "cuda")
+    check(kernel, replace(whole, q_length=300, q_offset=700, num_rows=2), SHAPES["128"])
 
 
 @pytest.mark.parametrize("method", ["full", "streaming"])
@@ -141,7 +149,7 @@ def step(llama, documents):
 
 
 @pytest.mark.parametrize("method", ["full", "streaming", "shifted_sparse", "duo"])
-@pytest.mark.parametrize("kernel", ["flash", "flex"])
+@pytest.mark.parametrize("kernel", [*FUSED, "flex"])
 def test_a_stage_compiles_in_its_first_step(kernel, method):
     """Documents differ from batch to batch; what was compiled for the first serves all of a length."""
     llama = model(method, kernel)
@@ -152,7 +160,7 @@ def test_a_stage_compiles_in_its_first_step(kernel, method):
 
 
 @pytest.mark.parametrize("method", ["full", "streaming", "duo"])
-@pytest.mark.parametrize("kernel", ["flash", "flex"])
+@pytest.mark.parametrize("kernel", [*FUSED, "flex"])
 def test_layers_never_wait_for_the_card(kernel, method):
     """A forward may ask once what its documents are; more layers do not ask more often."""
 
@@ -171,7 +179,7 @@ def test_layers_never_wait_for_the_card(kernel, method):
     assert waits(6) == waits(2)
 
 
-@pytest.mark.parametrize("kernel", ["flash", "flex"])
+@pytest.mark.parametrize("kernel", [*FUSED, "flex"])
 @pytest.mark.parametrize("method", METHODS)
 def test_decode_is_prefill(kernel, method):
     llama = model(method, kernel).eval()
@@ -187,9 +195,10 @@ def test_decode_is_prefill(kernel, method):
 
 
 @pytest.mark.parametrize("method", ["sliding_window", "streaming", "shifted_sparse"])
-def test_flash_keeps_what_full_attention_keeps(method):
+@pytest.mark.parametrize("kernel", FUSED)
+def test_keeps_what_full_attention_keeps(kernel, method):
     """The inputs, one output and a sum per query, however many calls the heads take."""
-    heads, kernel = SHAPES["128-gqa8"], kernel_for("flash", SHAPES["128-gqa8"])
+    heads, kernel = SHAPES["128-gqa8"], kernel_for(kernel, SHAPES["128-gqa8"])
 
     def kept(name):
         mask = row_mask(METHODS[name], 2**14, heads, [2**14], "cuda")

@@ -4,17 +4,20 @@ import pytest
 import torch
 
 from lctrain.errors import InputError
-from lctrain.kernels import flash, sdpa
+from lctrain.kernels import flash, flash2, sdpa
 from lctrain.kernels.base import Demand
 from lctrain.kernels.choose import choose
 from lctrain.kernels.cudnn import CudnnKernel
 from lctrain.kernels.flash import FlashKernel
+from lctrain.kernels.flash2 import Flash2Kernel
 from lctrain.kernels.flex import FlexKernel
 from lctrain.kernels.mask import Local, Mask
 from lctrain.kernels.reference import ReferenceKernel
 from lctrain.kernels.sdpa import SDPAKernel
+from lctrain.kernels.varlen import VarlenKernel
 
 KERNELS = {"sdpa": SDPAKernel(), "reference": ReferenceKernel()}
+ON_CARDS = [FlashKernel(), CudnnKernel(), VarlenKernel(), Flash2Kernel(), FlexKernel()]
 NUM_HEADS, DIM = 4, 8
 
 
@@ -130,7 +133,7 @@ def test_plain_causal_needs_no_mask(kernel, num_kv, queries):
 @pytest.mark.parametrize("queries", [1, 5])
 @pytest.mark.parametrize("num_kv", [4, 2, 1])
 @pytest.mark.parametrize("pattern", [None, "window", "s2", "rows differ"])
-@pytest.mark.parametrize("kernel", [FlashKernel(), CudnnKernel(), FlexKernel()])
+@pytest.mark.parametrize("kernel", ON_CARDS)
 def test_few_queries_need_no_card(kernel, num_kv, pattern, queries):
     """Decoding compiles nothing; query heads that share keys are computed together."""
     mask_mod = pattern and mask_mods(37)[pattern]
@@ -143,15 +146,16 @@ def test_few_queries_may_have_capped_scores(queries):
 
 
 def test_one_query_that_sees_all_asks_for_no_mask():
-    for kernel in (FlashKernel(), CudnnKernel(), FlexKernel()):
+    for kernel in ON_CARDS:
         assert kernel.prepare(mask_of(None, 1, 37)).mask is None
     assert SDPAKernel().prepare(mask_of(None, 1, 37)) is None
 
 
-def test_a_chunk_behind_other_keys_is_masked_by_no_table():
-    """Flash and torch's lower right mask take it from the lengths."""
-    (run,) = FlashKernel().prepare(mask_of(None, 200, 537))
-    assert (run.window, run.cu_seqlens) == (None, None)
+def test_a_chunk_after_other_keys_is_masked_by_no_table():
+    """Fused kernels and torch's lower right mask take it from the lengths."""
+    for kernel in (FlashKernel(), VarlenKernel(), Flash2Kernel()):
+        (part,) = kernel.prepare(mask_of(None, 200, 537))
+        assert (part.window, part.cu_seqlens) == (None, None)
     q, k, v = (torch.randn(1, heads, length, 16) for heads, length in ((4, 200), (2, 537), (2, 537)))
     outs = []
     for kernel in (CudnnKernel(), SDPAKernel()):
@@ -220,11 +224,11 @@ class TestChoose:
 
     @pytest.mark.parametrize("installed", [True, False])
     @pytest.mark.parametrize(
-        ("asked", "fastest", "without_flash_attn_4"),
+        ("asked", "fastest", "without_packages"),
         [
             (demand("cuda"), "flash", "cudnn"),
             (demand("cuda", head_dim=96), "flash", "cudnn"),
-            (demand("cuda", head_dim=256), "flash", "flex"),
+            (demand("cuda", head_dim=256), "flash", "varlen"),
             (demand("cuda", head_dim=80), "cudnn", "cudnn"),
             (demand("cuda", softcap=50.0), "flex", "flex"),
             (demand("cuda", dtype=torch.float32), "flex", "flex"),
@@ -232,9 +236,10 @@ class TestChoose:
             (demand(softcap=50.0), "reference", "reference"),
         ],
     )
-    def test_auto_takes_the_fastest_that_can(self, monkeypatch, installed, asked, fastest, without_flash_attn_4):
-        monkeypatch.setattr(flash, "find_spec", lambda name: installed or None)
-        assert choose("auto", asked)[0] == (fastest if installed else without_flash_attn_4)
+    def test_auto_takes_the_fastest_that_can(self, monkeypatch, installed, asked, fastest, without_packages):
+        monkeypatch.setattr(flash, "has_flash_attn_4", lambda: installed or None)
+        monkeypatch.setattr(flash2, "installed_version", lambda: "2.8.3" if installed else None)
+        assert choose("auto", asked)[0] == (fastest if installed else without_packages)
 
     @pytest.mark.parametrize("name", ["sdpa", "reference"])
     def test_by_name(self, name):
@@ -245,9 +250,11 @@ class TestChoose:
     @pytest.mark.parametrize(
         ("name", "asked", "reason"),
         [
-            ("fast", demand(), "no kernel 'fast'; choose auto, flash, cudnn, flex, sdpa, reference"),
+            ("fast", demand(), "no kernel 'fast'; choose auto, flash, cudnn, varlen, flash2, flex, sdpa, reference"),
             ("flash", demand(), "kernel=flash needs a CUDA device"),
             ("cudnn", demand(), "kernel=cudnn needs a CUDA device"),
+            ("varlen", demand(), "kernel=varlen needs a CUDA device"),
+            ("flash2", demand(), "kernel=flash2 needs a CUDA device"),
             ("flex", demand(), "kernel=flex needs a CUDA device"),
             ("sdpa", demand(softcap=50.0), "kernel=sdpa can't cap attention scores"),
             ("cudnn", demand("cuda", softcap=50.0), "kernel=cudnn can't cap attention scores"),
@@ -257,31 +264,60 @@ class TestChoose:
                 "head dimensions up to 128 that 8 divides, not torch.bfloat16 and 256",
             ),
             ("cudnn", demand("cuda", dtype=torch.float32), "kernel=cudnn needs bfloat16 or float16"),
+            ("varlen", demand("cuda", softcap=50.0), "kernel=varlen can't cap attention scores"),
+            ("varlen", demand("cuda", head_dim=264), "head dimensions up to 256 that 8 divides, not torch.bfloat16"),
+            ("varlen", demand("cuda", head_dim=100), "head dimensions up to 256 that 8 divides, not torch.bfloat16"),
+            ("varlen", demand("cuda", dtype=torch.float32), "kernel=varlen needs bfloat16 or float16"),
             ("flash", demand("cuda"), r"needs flash-attn-4: pip install 'lctrain\[flash-attn-4\]'"),
+            ("flash2", demand("cuda"), r"needs flash-attn 2.8, built on the card's host: pip install .*\[flash-attn\]"),
         ],
     )
     def test_what_cannot_run_is_refused_with_the_reason(self, monkeypatch, name, asked, reason):
-        monkeypatch.setattr(flash, "find_spec", lambda name: None)
+        monkeypatch.setattr(flash, "has_flash_attn_4", lambda: None)
+        monkeypatch.setattr(flash2, "installed_version", lambda: None)
         with pytest.raises(InputError, match=reason):
             choose(name, asked)
 
     @pytest.mark.parametrize(
-        ("asked", "reason"),
+        ("name", "asked", "reason"),
         [
-            (demand("cuda", softcap=50.0), "can't cap attention scores"),
-            (demand("cuda", dtype=torch.float32), "needs bfloat16 or float16 .* not torch.float32"),
-            (demand("cuda", head_dim=80), "needs .* head dimensions of 64, 96, 128, 256, not torch.bfloat16 and 80"),
+            ("flash", demand("cuda", softcap=50.0), "can't cap attention scores"),
+            ("flash", demand("cuda", dtype=torch.float32), "needs bfloat16 or float16 .* not torch.float32"),
+            (
+                "flash",
+                demand("cuda", head_dim=80),
+                "needs .* dimensions of 64, 96, 128, 256, not torch.bfloat16 and 80",
+            ),
+            ("flash2", demand("cuda", softcap=50.0), "can't cap attention scores"),
+            ("flash2", demand("cuda", dtype=torch.float32), "needs bfloat16 or float16 .* not torch.float32"),
+            ("flash2", demand("cuda", head_dim=100), "needs .* up to 256 that 8 divides, not torch.bfloat16 and 100"),
         ],
     )
-    def test_flash_refuses_what_it_cannot_compute(self, monkeypatch, asked, reason):
-        monkeypatch.setattr(flash, "find_spec", lambda name: True)
-        with pytest.raises(InputError, match=f"kernel=flash {reason}"):
-            choose("flash", asked)
+    def test_packages_refuse_what_they_cannot_compute(self, monkeypatch, name, asked, reason):
+        monkeypatch.setattr(flash, "has_flash_attn_4", lambda: True)
+        monkeypatch.setattr(flash2, "installed_version", lambda: "2.8.3.post2")
+        with pytest.raises(InputError, match=f"kernel={name} {reason}"):
+            choose(name, asked)
 
-    def test_flash_refuses_other_cards(self, monkeypatch):
-        monkeypatch.setattr(flash, "find_spec", lambda name: True)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
-        with pytest.raises(InputError, match="kernel=flash runs on Hopper, not on NVIDIA A100"):
-            choose("flash", demand("cuda"))
+    @pytest.mark.parametrize(
+        ("name", "capability", "reason"),
+        [
+            ("flash", (8, 0), "runs on Hopper, not on a card"),
+            ("cudnn", (7, 5), "runs from Ampere on, not on a card"),
+            ("varlen", (7, 5), "runs from Ampere on, not on a card"),
+            ("flash2", (7, 5), "runs from Ampere on, not on a card"),
+        ],
+    )
+    def test_other_cards_are_refused(self, monkeypatch, name, capability, reason):
+        monkeypatch.setattr(flash, "has_flash_attn_4", lambda: True)
+        monkeypatch.setattr(flash2, "installed_version", lambda: "2.8.3")
+        for module, function, value in [
+            (torch.cuda, "is_available", True),
+            (torch.cuda, "get_device_capability", capability),
+            (torch.cuda, "get_device_name", "a card"),
+            (torch.backends.cuda, "is_flash_attention_available", True),
+            (torch.backends.cudnn, "is_available", True),
+        ]:
+            monkeypatch.setattr(module, function, lambda value=value: value)
+        with pytest.raises(InputError, match=f"kernel={name} {reason}"):
+            choose(name, demand("cuda"))
