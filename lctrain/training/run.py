@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import cast
 
 import lightning
-import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import LightningModule, Trainer
@@ -116,14 +115,13 @@ def _tell_if_over(checkpoint: Path | None, max_steps: int) -> None:
 
 
 def _fit(trainer: Trainer, module: LightningModule, datamodule: LongContextData, checkpoint: Path | None) -> None:
-    """`trainer.fit`; where an exchange failed because a rank is gone, RunError says which."""
+    """`trainer.fit`; RunError where memory ran out, or where an exchange failed because a rank is gone."""
     try:
         trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
-    except RuntimeError as error:
+    except Exception as error:
         watchdogs = [callback for callback in trainer.callbacks if isinstance(callback, Watchdog)]  # type: ignore[attr-defined]
-        exchanged = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-        if exchanged and watchdogs and (lost := watchdogs[0].lost()):
-            raise RunError(lost) from error
+        if watchdogs and (told := watchdogs[0].explain(error)):
+            raise RunError(told) from error
         raise
 
 

@@ -1,24 +1,32 @@
-"""A rank that dies, hangs or falls behind ends the run in bounded time, by name."""
+"""A rank that dies, fails, hangs or falls behind ends the run in bounded time, by name."""
 
+import faulthandler
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 
-from lctrain.errors import InputError
+from lctrain.errors import InputError, RunError
 
 CHECKS_PER_TIMEOUT = 20
 LONGEST_PAUSE = 10.0  # seconds between two looks
 GRACE = 3  # looks that a living rank's file may be late
+FAREWELL = 10  # looks that a rank which failed may take to end by itself
+STDERR = 2
+TORCH = str(Path(torch.__file__).parent)
+EXCHANGES = tuple(str(Path(TORCH, part)) for part in ("distributed", "nn/parallel"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,18 +41,29 @@ class Beat:
     step: int
     doing: str
     at: str  # the line of Python that runs
-    exchanges: bool  # it waits for others there
+    exchanges: bool  # it waits there for other ranks, or for its card, which may wait for them
+    failed: str | None  # the exception that it alone ends with
 
     def __str__(self) -> str:
         who = f"rank {self.rank} ({self.host}, process {self.pid})"
         return f"{who}, last seen in {self.doing} after step {self.step} at {self.at}"
+
+    def has_ended(self) -> bool:
+        """Return whether its process is known to be over, or a zombie. Only this host's are known."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2][:1] in ("Z", "X")
+        except FileNotFoundError:
+            return Path("/proc/self").exists()
 
 
 class Watchdog(Callback):
     """Every rank writes how far it came into `folder`/rank-N.json; who waits for too long looks who is missing.
 
     A run in which nothing moved for `timeout_minutes` ends with exit code 1 and a line that names the rank that is
-    gone, or furthest behind. The slowest part of a step, saving included, must be shorter than that.
+    gone, or furthest behind; a run one of whose ranks failed, or died on the same host, as soon as that is seen. The
+    slowest part of a step, saving included, must be shorter than the timeout.
     """
 
     def __init__(self, *, folder: str, timeout_minutes: float) -> None:
@@ -54,24 +73,60 @@ class Watchdog(Callback):
         self.pause = min(LONGEST_PAUSE, self.timeout / CHECKS_PER_TIMEOUT)
         self._stopped = threading.Event()
         self._watching: threading.Thread | None = None
-        self._num_writes, self._num_beats, self._step, self._doing = 0, 0, 0, "the start"
+        self._rank, self._num_writes, self._num_beats, self._step, self._doing = 0, 0, 0, 0, "the start"
         self._beat_at = time.monotonic()
         self._seen: dict[int, tuple[Beat, float]] = {}  # the last change of every rank's file, and when it was seen
+        self._device = torch.device("cpu")
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._failed: str | None = None
+        self._failed_at = ""
+        self._leaving = self._told = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._rank, self._world_size, self._step = trainer.global_rank, trainer.world_size, trainer.global_step
+        self._device, self._beat_at = trainer.strategy.root_device, time.monotonic()
         if trainer.world_size == 1:
             return
-        self._rank, self._world_size, self._step = trainer.global_rank, trainer.world_size, trainer.global_step
-        self._beat_at = time.monotonic()
+        self._adopt(getattr(trainer.strategy.launcher, "procs", []))
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._file(self._rank).unlink(missing_ok=True)  # an earlier run's, which must not be taken for this one's
+        trainer.strategy.barrier("watchdog")
+        self._seen = {}
         self._stopped.clear()
         self._watching = threading.Thread(target=self._watch, daemon=True)
         self._watching.start()
 
+    def _adopt(self, children: list[subprocess.Popen[bytes]]) -> None:
+        """Take the ranks that Lightning started from its observer, which kills this process when one of them ends."""
+        self._children.extend(children)
+        children.clear()
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._leave()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Tell the others of what only this rank raised, and end it even if it then waits for them."""
+        if self._watching is None:
+            return
+        if isinstance(exception, RunError | InputError):  # raised on all ranks
+            self._leave()
+            faulthandler.dump_traceback_later(self.timeout, exit=True, file=STDERR)
+        else:
+            frames = traceback.extract_tb(exception.__traceback__)
+            self._failed_at = _line(frames)
+            self._failed = None if _is_exchange(exception) else f"{type(exception).__name__}: {_said(exception)}"
+            self._leaving, self._beat_at = True, time.monotonic()
+            with suppress(OSError):
+                self._write()
+
+    def _leave(self) -> None:
+        """Watch no longer, and be watched by nobody."""
         self._stopped.set()
         if self._watching is not None:
             self._watching.join()
+            faulthandler.cancel_dump_traceback_later()
+            with suppress(OSError):
+                self._file(self._rank).unlink(missing_ok=True)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         self._beat(trainer, "the forward")
@@ -94,16 +149,29 @@ class Watchdog(Callback):
 
     def _watch(self) -> None:
         while not self._stopped.wait(self.pause):
+            # For a main thread that hangs without giving Python's lock back: this loop would stand still, too.
+            faulthandler.dump_traceback_later(self.timeout + FAREWELL * self.pause, exit=True, file=STDERR)
             with suppress(OSError):  # a full disk is the checkpoint's to report
                 self._write()
                 self._look()
-            if time.monotonic() - self._beat_at > self.timeout:
-                self._end()
+            waited = time.monotonic() - self._beat_at
+            if self._leaving:
+                if waited > FAREWELL * self.pause:
+                    self._end("" if self._told else f"error: {self._mine()}, failed: {self._failed}")
+            elif waited > self.timeout:
+                self._end(f"error: nothing moved for {self.timeout / 60:g} minutes: {self._lost() or self._behind()}")
+            elif waited > GRACE * self.pause and (lost := self._lost(for_good=True)):
+                self._end(f"error: {lost}; go on with resume=auto")
 
     def _write(self) -> None:
         self._num_writes += 1
+        aside = self._file(self._rank).with_suffix(".partial")
+        aside.write_text(json.dumps(asdict(self._mine())))
+        aside.replace(self._file(self._rank))
+
+    def _mine(self) -> Beat:
         frames = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
-        beat = Beat(
+        return Beat(
             rank=self._rank,
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -111,41 +179,95 @@ class Watchdog(Callback):
             num_beats=self._num_beats,
             step=self._step,
             doing=self._doing,
-            at=f"{Path(frames[-1].filename).name}:{frames[-1].lineno}",
-            exchanges=any(part in frames[-1].filename for part in ("/torch/distributed/", "/torch/nn/parallel/")),
+            at=self._failed_at or _line(frames),
+            exchanges=frames[-1].filename.startswith(EXCHANGES) or self._waits_for_the_card(),
+            failed=self._failed,
         )
-        aside = self._file(self._rank).with_suffix(".partial")
-        aside.write_text(json.dumps(asdict(beat)))
-        aside.replace(self._file(self._rank))
+
+    def _waits_for_the_card(self) -> bool:
+        """Return whether the card has work left: exchanges of NCCL wait there, and Python wherever it needs a value."""
+        if self._device.type != "cuda":
+            return False
+        try:
+            return not torch.cuda.default_stream(self._device).query()
+        except RuntimeError:  # the card failed; whoever uses it next is told
+            return False
 
     def _look(self) -> None:
         for rank in range(self._world_size):
-            if self._file(rank).exists():
+            try:
                 beat = Beat(**json.loads(self._file(rank).read_text()))
-                if rank not in self._seen or self._seen[rank][0] != beat:
-                    self._seen[rank] = beat, time.monotonic()
+            except (FileNotFoundError, TypeError):  # it left; an older version wrote it
+                self._seen.pop(rank, None)
+                continue
+            if rank not in self._seen or self._seen[rank][0] != beat:
+                self._seen[rank] = beat, time.monotonic()
 
     def _file(self, rank: int) -> Path:
         return self.folder / f"rank-{rank:05d}.json"
 
-    def _gone(self) -> list[Beat]:
-        """Whose file no longer changes."""
-        now = time.monotonic()
-        return [beat for beat, seen_at in self._seen.values() if now - seen_at > GRACE * self.pause]
+    def _lost(self, for_good: bool = False) -> str | None:
+        """Say which rank failed or no longer writes; `for_good`: only if it is certain that it never will."""
+        others = [beat for rank, (beat, _) in self._seen.items() if rank != self._rank]
+        for beat in others:
+            if beat.failed:
+                return f"{beat}, failed: {beat.failed}"
+        for beat in others:
+            if self._is_late(beat.rank) and (not for_good or beat.has_ended()):
+                return f"{beat}, is gone"
+        return None
 
-    def _end(self) -> NoReturn:
-        gone, beats = self._gone(), [beat for beat, _ in self._seen.values()]
-        if self._rank == min((beat.rank for beat in beats if beat not in gone), default=self._rank):
-            last = min(beats, key=lambda beat: (beat.num_beats, beat.exchanges))
-            who = f"{gone[0]}, is gone" if gone else f"{last}, keeps the others waiting"
-            print(f"error: nothing moved for {self.timeout / 60:g} minutes: {who}", file=sys.stderr, flush=True)
+    def _is_late(self, rank: int) -> bool:
+        return time.monotonic() - self._seen[rank][1] > GRACE * self.pause
+
+    def _behind(self) -> str:
+        """Say which rank keeps the others waiting, or where they wait for each other."""
+        beats = [beat for beat, _ in self._seen.values()] or [self._mine()]
+        last = [beat for beat in beats if beat.num_beats == min(beat.num_beats for beat in beats)]
+        idle = [beat for beat in last if not beat.exchanges]
+        if idle or len(last) < len(beats):
+            return f"{(idle or last)[0]}, keeps the others waiting"
+        places = {beat.at: str(beat) for beat in reversed(last)}
+        return f"{'; '.join(reversed(places.values()))}: all wait for each other"
+
+    def _end(self, told: str) -> NoReturn:
+        """Print `told` on one rank, and end this process and those that it started, whatever they wait for."""
+        alive = [rank for rank, (beat, _) in self._seen.items() if not beat.failed and not self._is_late(rank)]
+        if told and (self._leaving or self._rank == min(alive, default=self._rank)):
+            print(told, file=sys.stderr, flush=True)
         time.sleep(self.pause)  # until the others have come to the same end
+        for child in self._children:
+            child.kill()
         os._exit(1)
 
-    def lost(self) -> str | None:
-        """Who is gone, if anybody is; waits until the others could have shown that they live."""
-        if self._watching is None:
+    def explain(self, error: Exception) -> str | None:
+        """Return the line that tells what `error` means to the user: memory that ran out, a rank that was lost.
+
+        After a failed exchange, wait until the others could have shown that they live.
+        """
+        self._told = True
+        if isinstance(error, torch.OutOfMemoryError):
+            self._failed_at = self._failed_at or _line(traceback.extract_tb(error.__traceback__))
+            return (
+                f"{self._mine()}: {_said(error)}; memory=auto or smaller micro-batches need less, resume=auto goes on"
+            )
+        if self._watching is None or not _is_exchange(error):
             return None
         time.sleep((GRACE + 2) * self.pause)
-        gone = self._gone()
-        return f"{gone[0]}, is gone; go on with resume=auto" if gone else None
+        lost = self._lost()
+        return f"{lost}; go on with resume=auto" if lost else None
+
+
+def _is_exchange(error: BaseException) -> bool:
+    return isinstance(error, torch.distributed.DistError) or any(name in str(error) for name in ("gloo", "NCCL"))
+
+
+def _said(error: BaseException) -> str:
+    """Return the first two sentences: of memory that ran out, what was asked for."""
+    return ". ".join(next(iter(str(error).splitlines()), "").split(". ")[:2]).rstrip(".")
+
+
+def _line(frames: Sequence[traceback.FrameSummary]) -> str:
+    """Return the innermost line that is not torch's own."""
+    own = [frame for frame in frames if not frame.filename.startswith(TORCH)] or list(frames)
+    return f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "an unknown line"

@@ -1,19 +1,12 @@
-"""Groups of processes that train as the ranks of one run."""
+"""What tests of ranks begin with."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-Cases = Mapping[str, Sequence[str]]
-WORKER = Path(__file__).with_name("worker.py")
-SECONDS = 900  # for all cases of a group
+from tests.parallel.ranks import Cases, Ranks, Runs
 
 
 @pytest.fixture(scope="session")
@@ -26,71 +19,41 @@ def tiny_run(saved: Callable[..., Path], text: Path, tmp_path_factory: pytest.Te
 
 
 @pytest.fixture(scope="session")
-def start(tiny_run: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, Cases], "Ranks"]:
-    """Starts `num_ranks` processes that train every case one after the other."""
-
-    def begin(num_ranks: int, cases: Cases) -> Ranks:
-        folder = tmp_path_factory.mktemp(f"{num_ranks}-ranks")
-        shared = [*tiny_run, f"trainer.devices={num_ranks}"]
-        complete = {name: [*shared, f"run_dir={folder / name}", *overrides] for name, overrides in cases.items()}
-        return Ranks(folder, num_ranks, complete)
-
-    return begin
+def complete(tiny_run: list[str]) -> Callable[[Path, int, Cases], dict[str, list[str]]]:
+    """All overrides of cases whose runs lie in a folder."""
+    return lambda folder, num_ranks, cases: {
+        name: [*tiny_run, f"trainer.devices={num_ranks}", f"run_dir={folder / name}", *words]
+        for name, words in cases.items()
+    }
 
 
 @pytest.fixture(scope="session")
-def train_on_ranks(start: Callable[[int, Cases], "Ranks"]) -> Callable[[int, Cases], Path]:
-    """Trains every case on `num_ranks` processes; the folder that holds a run for each."""
-    return lambda num_ranks, cases: start(num_ranks, cases).finish()
+def start(
+    complete: Callable[[Path, int, Cases], Cases], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[int, Cases], Ranks]]:
+    """Starts `num_ranks` processes that train every case one after the other."""
+    started: list[Ranks] = []
+
+    def begin(num_ranks: int, cases: Cases) -> Ranks:
+        folder = tmp_path_factory.mktemp(f"{num_ranks}-ranks")
+        started.append(Ranks(folder, num_ranks, complete(folder, num_ranks, cases)))
+        return started[-1]
+
+    yield begin
+    for ranks in started:
+        ranks.kill()
 
 
-class Ranks:
-    """Processes on this machine, with the variables that torchrun sets."""
+@pytest.fixture(scope="session")
+def train_on_ranks(
+    complete: Callable[[Path, int, Cases], Cases], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Runs]]:
+    """Trains every case on `num_ranks` processes, in so many groups side by side; goes on while the caller does."""
+    stop = threading.Event()
 
-    def __init__(self, folder: Path, num_ranks: int, cases: Cases) -> None:
-        self.folder = folder
-        (folder / "cases.json").write_text(json.dumps(cases))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        shared = os.environ | {
-            "WORLD_SIZE": str(num_ranks),
-            "LOCAL_WORLD_SIZE": str(num_ranks),
-            "GROUP_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TORCHELASTIC_RUN_ID": "tests",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(WORKER.parents[2]), str(WORKER.parent)]),
-        }
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, str(WORKER), str(folder / "cases.json")],
-                env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=(folder / f"log-{rank}.txt").open("w"),
-                stderr=subprocess.STDOUT,
-            )
-            for rank in range(num_ranks)
-        ]
+    def begin(num_ranks: int, cases: Cases, num_groups: int = 1) -> Runs:
+        folder = tmp_path_factory.mktemp(f"{num_ranks}-ranks")
+        return Runs(folder, num_ranks, complete(folder, num_ranks, cases), num_groups, stop)
 
-    def finish(self) -> Path:
-        """Waits for all; AssertionError with the log of the first that failed."""
-        ends = time.monotonic() + SECONDS
-        try:
-            while (codes := [process.poll() for process in self.processes]) != [0] * len(self.processes):
-                if failed := [rank for rank, code in enumerate(codes) if code]:
-                    raise AssertionError(self.log(failed[0])[-4000:])
-                assert time.monotonic() < ends, "too slow"
-                time.sleep(0.1)
-        finally:
-            self.kill()
-        return self.folder
-
-    def kill(self) -> None:
-        """Ends those who still wait for one that failed."""
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-    def log(self, rank: int) -> str:
-        return (self.folder / f"log-{rank}.txt").read_text(errors="replace")
+    yield begin
+    stop.set()

@@ -1,9 +1,12 @@
 """Callbacks that hurt one rank of a run, or look at it; named in a case's overrides."""
 
+import ctypes
 import os
 import signal
 import time
 
+import torch
+import torch.distributed as dist
 from lightning import Callback
 from torch import nn
 
@@ -31,6 +34,51 @@ class Sleep(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if (trainer.global_rank, trainer.global_step) == (self.rank, self.step):
             time.sleep(3600)
+
+
+class Wait(Callback):
+    """Rank `rank` enters an exchange before optimizer step `step` + 1 that the others never enter."""
+
+    def __init__(self, *, rank: int, step: int) -> None:
+        self.rank, self.step = rank, step
+
+    def on_train_start(self, trainer, pl_module):
+        self.one = torch.ones(1, device=pl_module.device)
+        self.group = dist.new_group(list(range(trainer.world_size)))
+        dist.all_reduce(self.one, group=self.group)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.global_rank, trainer.global_step) == (self.rank, self.step):
+            dist.all_reduce(self.one, group=self.group)
+            self.one.item()
+
+
+class Clutch(Callback):
+    """Rank `rank` hangs in C before optimizer step `step` + 1, and keeps Python's lock."""
+
+    def __init__(self, *, rank: int, step: int) -> None:
+        self.rank, self.step = rank, step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.global_rank, trainer.global_step) == (self.rank, self.step):
+            ctypes.PyDLL(None).sleep(3600)
+
+
+class Fill(Callback):
+    """Rank `rank` runs out of its share of a card's memory in the backward of optimizer step `step` + 1."""
+
+    def __init__(self, *, rank: int, step: int) -> None:
+        self.rank, self.step = rank, step
+
+    def on_after_backward(self, trainer, pl_module):
+        if (trainer.global_rank, trainer.global_step) != (self.rank, self.step):
+            return
+        if pl_module.device.type == "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has less.")
+        torch.cuda.set_per_process_memory_fraction(0.05)  # others train on the same card
+        kept = []
+        while True:
+            kept.append(torch.empty(2**30, dtype=torch.uint8, device=pl_module.device))
 
 
 class Loading(Callback):

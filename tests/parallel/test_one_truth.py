@@ -3,13 +3,12 @@
 Packed whole documents leave padding at the ends of rows, so that ranks and micro-batches differ in their valid tokens.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from lctrain.checkpoint import read_values
 from lctrain.folder import read_history
+from tests.parallel.ranks import Runs, on_cards
 
 ATTENTION = {
     "full": [],
@@ -33,6 +32,7 @@ DUO = [  # only gates train, towards the same model's full attention
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 ROWS_PER_STEP = 8
 FP32, BF16 = 1e-5, 3e-2
+GROUPS_ON_CARDS = {1: 2, 2: 3}  # of ranks → side by side; cards take turns between processes, which slows exchanges
 
 
 def case(attention, optimizer, *others, ranks=1, sp=1, accumulate=1):
@@ -96,47 +96,43 @@ CASES = {1: references(), 2: on_two_ranks(), 4: on_four_ranks()}
 
 @pytest.fixture(scope="module")
 def trained(train_on_ranks):
-    """The folder with a run for every case, trained by as many processes as it asks for when it is first asked for."""
-    folders: dict[int, Path] = {}
+    """A run for every case, trained by as many processes as it asks for when it is first asked for."""
+    runs: dict[int, Runs] = {}
 
-    def of(num_ranks: int) -> Path:
-        if num_ranks not in folders:
-            folders[num_ranks] = train_on_ranks(num_ranks, CASES[num_ranks])
-        return folders[num_ranks]
+    def of(num_ranks: int) -> Runs:
+        if num_ranks not in runs:
+            runs[num_ranks] = train_on_ranks(num_ranks, CASES[num_ranks])
+        return runs[num_ranks]
 
     return of
 
 
 @pytest.mark.parametrize(("num_ranks", "name"), [(n, name) for n in (2, 4) for name in CASES[n]])
 def test_it_is_the_run_of_one_process(trained, num_ranks, name):
-    compare(trained(1) / name.partition("/")[0], trained(num_ranks) / name, BF16 if name.startswith("bf16") else FP32)
+    compare(trained(1)[name.partition("/")[0]], trained(num_ranks)[name], BF16 if name.startswith("bf16") else FP32)
 
 
 @pytest.fixture(scope="module")
 def trained_on_cards(train_on_ranks):
-    """The same on CUDA devices and NCCL, by kernels whose sums do not depend on how many tokens a device has."""
-    words = ["trainer.accelerator=gpu", "kernel=sdpa", "layer_kernel=plain", "objective.loss=tiled"]
-    folders: dict[int, Path] = {}
-
-    def of(num_ranks: int) -> Path:
-        if num_ranks not in folders:
-            cases = {name: [*overrides, *words] for name, overrides in CASES[num_ranks].items()}
-            folders[num_ranks] = train_on_ranks(num_ranks, cases)
-        return folders[num_ranks]
-
-    return of
+    """The same on CUDA devices and NCCL, all of them side by side."""
+    return {
+        num_ranks: train_on_ranks(
+            num_ranks, {name: on_cards(words) for name, words in CASES[num_ranks].items()}, groups
+        )
+        for num_ranks, groups in GROUPS_ON_CARDS.items()
+    }
 
 
 @pytest.mark.multi_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("name", CASES[2])
 def test_on_two_cards_it_is_the_run_of_one(trained_on_cards, name):
-    one, two = trained_on_cards(1) / name.partition("/")[0], trained_on_cards(2) / name
+    one, two = trained_on_cards[1][name.partition("/")[0]], trained_on_cards[2][name]
     compare(one, two, BF16 if name.startswith("bf16") else FP32)
 
 
 def compare(one, many, tolerance):
-    """Losses and gradient norms of every step, and the weights behind the last."""
+    """Losses and gradient norms of every step, and the weights after the last."""
     rows, others = read_history(one / "metrics.jsonl"), read_history(many / "metrics.jsonl")
     assert [row["step"] for row in others] == list(range(1, 21))
     for row, other in zip(rows, others, strict=True):

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from lctrain.checkpoint import read_values
 from lctrain.export import export
 from lctrain.folder import rank_files, read_history
+from tests.parallel.ranks import Runs, on_cards
 
 MIDDLE, END = "checkpoints/step-00000006.ckpt", "checkpoints/step-00000012.ckpt"
 ROWS_PER_STEP = 4
@@ -46,32 +47,72 @@ CONTINUED = {  # number of ranks → what goes on from the middle of which, and 
 }
 
 
-def names(ranks):
-    return [f"{source}-then-{ranks}-{strategy}-sp{sp}" for source, strategy, sp in CONTINUED[ranks]]
+BEGUN_ON_CARDS = {1: {"full-single": BEGUN[1]["full-single"]}} | {
+    2: {name: BEGUN[2][name] for name in ("full-zero3-sp2", "longlora-zero1-sp1")}
+}
+CONTINUED_ON_CARDS = {
+    1: [("full-zero3-sp2", "single", 1)],
+    2: [("full-single", "zero2", 1), ("full-zero3-sp2", "ddp", 1), ("longlora-zero1-sp1", "zero3", 2)],
+}
+
+
+def names(ranks, continued):
+    return [f"{source}-then-{ranks}-{strategy}-sp{sp}" for source, strategy, sp in continued[ranks]]
+
+
+def pairs(continued):
+    """Number of ranks, source and name of every run that goes on."""
+    return [
+        (n, source[0], name) for n in continued for source, name in zip(continued[n], names(n, continued), strict=True)
+    ]
+
+
+class Resumed:
+    """Runs that are begun, and others that go on from their middles, on CPUs or on cards."""
+
+    def __init__(self, train, begun, continued, place) -> None:
+        self._train, self._continued, self._place = train, continued, place
+        runs = {ranks: train(ranks, self._cases(cases)) for ranks, cases in begun.items()}
+        self._begun = {name: runs[ranks] for ranks, cases in begun.items() for name in cases}
+        self._after: dict[int, Runs] = {}
+
+    def _cases(self, cases):
+        return {name: self._place(words) for name, words in cases.items()}
+
+    def begun(self, name: str) -> Path:
+        return self._begun[name][name]
+
+    def after(self, ranks: int, name: str) -> Path:
+        if ranks not in self._after:
+            self._after[ranks] = self._train(ranks, self._cases(dict(map(self._goes_on, self._continued[ranks]))))
+        return self._after[ranks][name]
+
+    def _goes_on(self, then) -> tuple[str, list[str]]:
+        """From the checkpoint of a source that has ended; if it failed, this one does, too."""
+        source, name, words = then
+        self._begun[source].troubles()
+        return name, [*words, f"resume={self._begun[source].folder / source / MIDDLE}"]
+
+
+def then(ranks, continued):
+    """What goes on from which source: its name and overrides."""
+    return [
+        (source, name, case(source.partition("-")[0], strategy, ranks, sp))
+        for name, (source, strategy, sp) in zip(names(ranks, continued), continued[ranks], strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")
-def begun(train_on_ranks) -> dict[str, Path]:
-    folders = {ranks: train_on_ranks(ranks, cases) for ranks, cases in BEGUN.items()}
-    return {name: folders[ranks] / name for ranks, cases in BEGUN.items() for name in cases}
+def resumed(train_on_ranks) -> Resumed:
+    continued = {ranks: then(ranks, CONTINUED) for ranks in CONTINUED}
+    continued[2].append(("dropout", "dropout", BEGUN[2]["dropout"]))
+    return Resumed(train_on_ranks, BEGUN, continued, list)
 
 
 @pytest.fixture(scope="module")
-def continued(train_on_ranks, begun):
-    folders: dict[int, Path] = {}
-
-    def of(ranks: int) -> Path:
-        if ranks not in folders:
-            cases = {
-                name: [*case(source.partition("-")[0], strategy, ranks, sp), f"resume={begun[source] / MIDDLE}"]
-                for name, (source, strategy, sp) in zip(names(ranks), CONTINUED[ranks], strict=True)
-            }
-            if ranks == 2:
-                cases["dropout"] = [*BEGUN[2]["dropout"], f"resume={begun['dropout'] / MIDDLE}"]
-            folders[ranks] = train_on_ranks(ranks, cases)
-        return folders[ranks]
-
-    return of
+def resumed_on_cards(train_on_ranks) -> Resumed:
+    continued = {ranks: then(ranks, CONTINUED_ON_CARDS) for ranks in CONTINUED_ON_CARDS}
+    return Resumed(train_on_ranks, BEGUN_ON_CARDS, continued, on_cards)
 
 
 def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -79,35 +120,45 @@ def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "source", "name"), [(n, CONTINUED[n][i][0], name) for n in CONTINUED for i, name in enumerate(names(n))]
-)
-def test_it_goes_on_as_it_would_have(begun, continued, ranks, source, name):
-    after = continued(ranks) / name
-    rows = read_history(begun[source] / "metrics.jsonl")[6:]
+@pytest.mark.parametrize(("ranks", "source", "name"), pairs(CONTINUED))
+def test_it_goes_on_as_it_would_have(resumed, ranks, source, name):
+    compare(resumed.begun(source), resumed.after(ranks, name), ranks)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(("ranks", "source", "name"), pairs(CONTINUED_ON_CARDS))
+def test_on_cards_it_goes_on_as_it_would_have(resumed_on_cards, ranks, source, name):
+    """To the same 1e-5: all is fp32 by the same kernels, only sums over a step run in another order."""
+    compare(resumed_on_cards.begun(source), resumed_on_cards.after(ranks, name), ranks)
+
+
+def compare(begun, after, ranks):
+    """Losses of the steps after the middle, and the weights after the last."""
+    rows = read_history(begun / "metrics.jsonl")[6:]
     others = read_history(after / "metrics.jsonl")
     assert [row["step"] for row in others] == list(range(7, 13))
     for row, other in zip(rows, others, strict=True):
         assert (other["sequence_length"], other["lr"]) == (row["sequence_length"], row["lr"])
         assert other["loss"] == pytest.approx(row["loss"], abs=TOLERANCE)
-    assert furthest(read_values(begun[source] / END), read_values(after / END)) < TOLERANCE
-    assert furthest(read_values(begun[source] / MIDDLE), read_values(after / END)) > 100 * TOLERANCE  # it did train
+    assert furthest(read_values(begun / END), read_values(after / END)) < TOLERANCE
+    assert furthest(read_values(begun / MIDDLE), read_values(after / END)) > 100 * TOLERANCE  # it did train
     assert len(rank_files(after / END)) == ranks
 
 
-def test_on_the_same_ranks_it_is_the_same_to_the_bit(begun, continued):
+def test_on_the_same_ranks_it_is_the_same_to_the_bit(resumed):
     """With dropout, so that every rank's own generator counts."""
-    rows = read_history(begun["dropout"] / "metrics.jsonl")[6:]
-    others = read_history(continued(2) / "dropout/metrics.jsonl")
+    begun, after = resumed.begun("dropout"), resumed.after(2, "dropout")
+    rows, others = read_history(begun / "metrics.jsonl")[6:], read_history(after / "metrics.jsonl")
     assert [row["loss"] for row in rows] == [row["loss"] for row in others]
-    assert furthest(read_values(begun["dropout"] / END), read_values(continued(2) / "dropout" / END)) == 0
+    assert furthest(read_values(begun / END), read_values(after / END)) == 0
 
 
 @pytest.mark.parametrize("name", [name for cases in BEGUN.values() for name in cases if name != "dropout"])
-def test_any_of_them_can_be_exported(begun, tmp_path, ids, name):
+def test_any_of_them_can_be_exported(resumed, tmp_path, ids, name):
     """Weights and logits are those of one process."""
     kind = name.partition("-")[0]
-    folders = [export(str(begun[run]), "auto", str(tmp_path / run)) for run in {name, f"{kind}-single"}]
+    folders = [export(str(resumed.begun(run)), "auto", str(tmp_path / run)) for run in {name, f"{kind}-single"}]
     models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders]
     with torch.no_grad():
         logits = [model(ids(1, 64)).logits for model in models]
