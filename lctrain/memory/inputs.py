@@ -108,7 +108,7 @@ class _Pass:
         hidden = self._kept[first] = self._take(first)
         assert self._autocast is not None
         device, dtype, enabled = self._autocast
-        with torch.no_grad(), torch.autocast(device, dtype, enabled=enabled):
+        with torch.no_grad(), torch.autocast(device, dtype, enabled=enabled, cache_enabled=False):
             for index in range(first, last):
                 args, kwargs = self.calls[index]
                 output = self._layers[index](hidden, *args, **kwargs)

@@ -117,7 +117,8 @@ class LoRATuning(Tuning):
             task_type="CAUSAL_LM",
         )
         adapters._register_custom_module({nn.Linear: LoRALinear})  # PEFT's documented way to a layer of one's own
-        tuned = get_peft_model(model, adapters)
+        with torch.device("cpu"):  # where all strategies draw alike; PEFT moves the adapters to their layers
+            tuned = get_peft_model(model, adapters)
         if isinstance(model.get_output_embeddings(), BaseTunerLayer):
             raise InputError(
                 "tuning.target_modules: the tiled loss knows no adapter on the output head; put it in tuning.trainable"

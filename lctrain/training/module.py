@@ -72,13 +72,13 @@ class LongContextModule(LightningModule):
         return self
 
     def forward(self) -> None:
-        """Refuse a model whose logits the loss does not know; a forward, so that a sharded model can run it."""
+        """Refuse a model whose logits the loss does not know; a forward, so that ZeRO gathers what it shards."""
         with self._autocast():
             check_head(self.model)
 
     def on_train_start(self) -> None:
         with torch.no_grad():
-            cast(Any, self.trainer.model)()
+            self()  # not what the strategy wrapped: DistributedDataParallel on a card takes no forward without inputs
         self.model.train()
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
@@ -137,9 +137,12 @@ class LongContextModule(LightningModule):
             logger.log_metrics(metrics, step=self.trainer.global_step)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if not self.recipe.autocasts():
-            return nullcontext()  # trainer.precision may autocast on its own
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        """Compute in bf16 where the recipe or `trainer.precision` says so, and keep no cast weights: each is used once
+        in a forward, and under stage 3 of ZeRO all of them together would be the whole model.
+        """
+        if not self.recipe.autocasts() and self.trainer.precision != "bf16-mixed":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=False)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
