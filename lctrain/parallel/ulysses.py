@@ -3,8 +3,8 @@
 Every rank holds L = S / n tokens of a row. For attention, and only there, it trades: it gives away its tokens of other
 ranks' heads and gets all S tokens of its own. What runs in between is any attention, told which heads it sees.
 
-Shape legend: B batch, H query heads, K key-value heads, S tokens of the row, L = S / n tokens here, D head dim,
-n ranks.
+Shape legend: B batch, H query heads, K key-value heads, h heads of a rank, S tokens of the row, L = S / n tokens here,
+D head dim, n ranks.
 """
 
 from collections.abc import Callable
@@ -40,17 +40,18 @@ class Ulysses:
     def attend(
         self, attention: Callable[[Tensor, Tensor, Tensor], Tensor], q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor
     ) -> Tensor:
-        """`attention` on all tokens of this rank's heads; the result is of this rank's tokens again, [B, H, L, D]."""
+        """Return what `attention` computes of all tokens of this rank's heads, for this rank's tokens: [B, H, L, D].
+
+        Tensors are exchanged token by token, as projections write and fused kernels read them: one copy each way.
+        """
         repeats = num_repeats(k_BKLD.shape[1], self.size)
         k_BKLD, v_BKLD = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (k_BKLD, v_BKLD))
-        shares = [x.unflatten(1, (self.size, -1)) for x in (q_BHLD, k_BKLD, v_BKLD)]
-        widths = [share.shape[2] for share in shares]
-        given_nBhLD = torch.cat(shares, dim=2).transpose(0, 1).contiguous()  # one exchange for all three
-        got_nBhLD = self._exchange(given_nBhLD)
-        q, k, v = got_nBhLD.permute(1, 2, 0, 3, 4).flatten(2, 3).split(widths, dim=1)  # [B, h, S, D]
-        out_BhSD = attention(q, k, v)
-        out_nBhLD = out_BhSD.unflatten(2, (self.size, -1)).permute(2, 0, 1, 3, 4).contiguous()
-        return self._exchange(out_nBhLD).transpose(0, 1).flatten(1, 2)
+        shares = [x.unflatten(1, (self.size, -1)).permute(1, 0, 3, 2, 4) for x in (q_BHLD, k_BKLD, v_BKLD)]
+        got_nBLhD = self._exchange(torch.cat(shares, dim=3))  # one exchange for all three
+        parts = got_nBLhD.transpose(0, 1).flatten(1, 2).split([share.shape[3] for share in shares], dim=2)
+        out_BhSD = attention(*(part_BShD.transpose(1, 2) for part_BShD in parts))
+        out_nBLhD = out_BhSD.transpose(1, 2).unflatten(1, (self.size, -1)).transpose(0, 1)
+        return self._exchange(out_nBLhD.contiguous()).permute(1, 2, 0, 3, 4).flatten(2, 3).transpose(1, 2)
 
     def gather(self, x_BL: Tensor) -> Tensor:
         """The whole row [B, S] of what each rank holds a part of; no gradient."""
@@ -64,7 +65,7 @@ class Ulysses:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Entry i goes to rank i. Its own inverse, and so its own gradient."""
+    """Send entry i to rank i: its own inverse, and so its own gradient."""
 
     @staticmethod
     def forward(ctx: Any, x_n: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -92,10 +93,12 @@ def shares_heads(num_attention_heads: int, num_key_value_heads: int, size: int) 
 
 
 def check_heads(num_attention_heads: int, num_key_value_heads: int, size: int) -> None:
-    """InputError unless `shares_heads`."""
-    if not shares_heads(num_attention_heads, num_key_value_heads, size):
-        raise InputError(
-            f"sequence_parallel_size={size} can't share {num_attention_heads} attention heads on "
-            f"{num_key_value_heads} key-value heads evenly; choose a divisor of {num_attention_heads} that keeps "
-            "query heads beside the key-value head they share"
-        )
+    """Raise InputError, which names the sizes that work, unless `shares_heads`."""
+    if shares_heads(num_attention_heads, num_key_value_heads, size):
+        return
+    sizes = range(1, num_attention_heads + 1)
+    possible = [str(n) for n in sizes if shares_heads(num_attention_heads, num_key_value_heads, n)]
+    raise InputError(
+        f"sequence_parallel_size={size} can't share {num_attention_heads} attention heads on {num_key_value_heads} "
+        f"key-value heads evenly; {', '.join(possible)} can, and further devices read other rows"
+    )

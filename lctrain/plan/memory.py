@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lctrain.attention.base import Attention
+from lctrain.attention.identity import kind
 from lctrain.errors import InputError
 from lctrain.kernels.block_mask import BLOCK, MAX_LIST_BYTES
 from lctrain.memory.host import Host
@@ -35,10 +36,10 @@ class Memory:
     weights: int
     gradients: int  # counted as if they were there already: true from the second micro-batch of a step on
     optimizer: int
-    buckets: int  # the copy of the gradients that data parallelism exchanges
+    buckets: int  # copies of gradients that ZeRO exchanges
     activations: int  # kept from forward to backward
     attention: int  # masks
-    loss: int  # tiles of logits, the head's gradients, autocast's copies of the weights, at their most
+    loss: int  # tiles of logits, the head's gradients, at their most
     backward: int  # one layer's recomputation and gradients, at their most, beyond what was kept
     update: int  # temporaries of the optimizer's step
     host: int  # not on the device: what waits in pinned host memory
@@ -93,10 +94,10 @@ class StepMemory:
             weights=found.weights + few.num_left_out * found.layer_weights,
             gradients=self._gradients,
             optimizer=self._optimizer,
-            buckets=self._gradients if self._step.num_devices > 1 else 0,
+            buckets=0,  # of DistributedDataParallel: they are the gradients
             activations=found.kept - found.before + left_out,
             attention=_masks(base.config.get_text_config(), self._method, self._step, savings, self._itemsize),
-            loss=found.loss + found.casts_by_layer[-1] + few.left_out_below(last, found.casts_by_layer),
+            loss=found.loss,
             backward=max(0, max(peaks) - found.kept - left_out),
             update=self._gradients,  # torch's foreach update holds one temporary of the size of all that trains
             host=found.host // hosted * int(savings.resolve(last + few.num_left_out).offload) if hosted else 0,
@@ -104,7 +105,7 @@ class StepMemory:
 
     def _kinds(self, config: Any) -> list[Any]:
         layouts = [layer_layout(config, self._step.length, layer) for layer in range(config.num_hidden_layers)]
-        return [tuple((repr(p), num_heads) for p, num_heads in self._method.parts(layout)) for layout in layouts]
+        return [tuple((kind(p), num_heads) for p, num_heads in self._method.parts(layout)) for layout in layouts]
 
     def _simulate(self, num_layers: int, savings: Savings) -> Simulated:
         decoder = unwrap(self._model).get_decoder()  # type: ignore[arg-type]
@@ -122,11 +123,11 @@ def _masks(config: Any, method: Attention, step: Step, savings: Savings, itemsiz
     for layer in range(config.num_hidden_layers):
         layout = layer_layout(config, step.length, layer)
         for pattern, num_heads in method.parts(layout):
-            share = max(1, num_heads // num_shares)
+            share, seen = max(1, num_heads // num_shares), kind(pattern)
             for first in range(0, num_heads, share):
                 here = max(1, share // step.sequence_parallel_size)
                 groups = pattern.head_groups(replace(layout, first_head=first), here)
-                grids[repr(pattern), pattern.layer_group(layer), groups] = step.rows * len(groups)
+                grids[seen, pattern.layer_group(layer), groups] = step.rows * len(groups)
     if step.kernel != "sdpa":
         # Indices of partial and of full blocks, by query and by key: 4 int32 tables of (L / 128)² entries.
         tables = 4 * 4 * ceil(step.length / BLOCK) ** 2

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
@@ -24,7 +23,9 @@ from lctrain.model.install import demand
 from lctrain.model.layers import parts_heads
 from lctrain.model.recipe import ModelRecipe
 from lctrain.parallel.mesh import Mesh
-from lctrain.parallel.ulysses import shares_heads
+from lctrain.parallel.ulysses import num_repeats, shares_heads
+from lctrain.plan.cards import card
+from lctrain.plan.exchange import Exchange
 from lctrain.plan.flops import attention_flops, linear_flops
 from lctrain.plan.memory import Memory, StepMemory
 from lctrain.plan.savings import MAX_SHARES, choose_savings
@@ -32,6 +33,7 @@ from lctrain.plan.seconds import work
 from lctrain.plan.sharding import Sharding
 from lctrain.plan.simulation import Step
 from lctrain.plan.stand_ins import LAYER_KERNELS
+from lctrain.tables import show
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +70,13 @@ class Stage:
     length: int
     num_steps: int
     flops_per_token: float
-    seconds_per_token: float | None  # on one device, recomputation counted; None where nothing was measured
+    computing: float | None  # seconds of a step, recomputation counted; None on a CPU and with offloaded states
+    waiting: float | None  # seconds of a step in which a device waits for others
+
+    @property
+    def seconds(self) -> float | None:
+        """Of a step."""
+        return None if self.computing is None or self.waiting is None else self.computing + self.waiting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +88,8 @@ class Plan:
     tokens_per_step: int
     mesh: Mesh
     sharding: Sharding
+    kv_head_copies: int  # devices that compute with the same key-value head of a row
+    exchange_ratio: float  # bytes that sharing a row exchanges, against a model of enough key-value heads
     kernel: str
     device: str
     savings: Savings | AutoSavings
@@ -91,6 +101,12 @@ class Plan:
         return sum(stage.num_steps for stage in self.stages)
 
     @property
+    def hours(self) -> float | None:
+        """Of all steps, without validation and evaluation."""
+        seconds = [(stage.seconds, stage.num_steps) for stage in self.stages]
+        return sum(one * num for one, num in seconds if one) / 3600 if all(one for one, _ in seconds) else None
+
+    @property
     def flops(self) -> float:
         return sum(stage.num_steps * stage.flops_per_token for stage in self.stages) * self.tokens_per_step
 
@@ -98,9 +114,10 @@ class Plan:
 def main(cfg: DictConfig) -> None:
     """Prints the plan; InputError for a config that could not train."""
     _check_positive(device_memory=cfg.device_memory)
-    console, planned = Console(), plan(cfg)
-    console.print(_sizes(planned), _compute(planned), _memory(planned), sep="\n")
-    console.print(verdict(planned, cfg), soft_wrap=True, highlight=False)
+    planned = plan(cfg)
+    for table in (_sizes(planned), _compute(planned), _memory(planned)):
+        show(table)
+    print(verdict(planned, cfg))
 
 
 def plan(cfg: DictConfig) -> Plan:
@@ -122,13 +139,18 @@ def plan(cfg: DictConfig) -> Plan:
     step = _step(cfg, recipe, longest, kind, num_devices=world)
     limits = {"device": cfg.device_memory * GIB, "host": cfg.host_memory * GIB}
     recipe, memory = _memory_of(cfg, recipe, step, kind, **limits)
-    stages = [_stage(cfg, recipe, model, length, steps[length], kind) for length in sorted(steps)]
+    sharding, text = Sharding.of(cfg, world), recipe.config().get_text_config()
+    num_heads, num_kv_heads = text.num_attention_heads, text.num_key_value_heads
+    copies = num_repeats(num_kv_heads, mesh.sequence_parallel_size)
+    stages = [_stage(cfg, recipe, model, mesh, sharding, length, steps[length], kind) for length in sorted(steps)]
     return Plan(
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         tokens_per_step=tokens_per_step,
         mesh=mesh,
-        sharding=Sharding.of(cfg, world),
+        sharding=sharding,
+        kv_head_copies=copies,
+        exchange_ratio=(num_heads + copies * num_kv_heads) / (num_heads + num_kv_heads),
         kernel=step.kernel,
         device=cfg.device if kind == "cuda" else "CPU",
         savings=recipe.memory,
@@ -138,17 +160,52 @@ def plan(cfg: DictConfig) -> Plan:
 
 
 def _stage(
-    cfg: DictConfig, recipe: ModelRecipe, model: nn.Module, length: int, num_steps: int, device_type: str
+    cfg: DictConfig,
+    recipe: ModelRecipe,
+    model: nn.Module,
+    mesh: Mesh,
+    sharding: Sharding,
+    length: int,
+    num_steps: int,
+    device_type: str,
 ) -> Stage:
-    assert isinstance(recipe.memory, Savings)
     config, teacher = recipe.config().get_text_config(), bool(_num_compared(cfg, recipe))
     attention = attention_flops(config, recipe.attention, length)
     taught = attention_flops(config, FullAttention(), length) if teacher else 0.0
-    seconds = None
-    if device_type == "cuda":
-        seconds = work(model, attention, recipe.memory, recipe.precision == "fp8", taught).seconds(cfg.device)
+    computing = waiting = None
+    if device_type == "cuda" and not sharding.offload_optimizer:
+        computing, waiting = _seconds(cfg, recipe, model, mesh, sharding, attention, taught)
     flops = linear_flops(model, teacher) + 3 * attention + taught
-    return Stage(length=length, num_steps=num_steps, flops_per_token=flops, seconds_per_token=seconds)
+    return Stage(length=length, num_steps=num_steps, flops_per_token=flops, computing=computing, waiting=waiting)
+
+
+def _seconds(
+    cfg: DictConfig,
+    recipe: ModelRecipe,
+    model: nn.Module,
+    mesh: Mesh,
+    sharding: Sharding,
+    attention: float,
+    taught: float,
+) -> tuple[float, float]:
+    """How long a device computes in a step, and how long it waits for others."""
+    assert isinstance(recipe.memory, Savings)
+    used, num_micro_batches = card(cfg.device), cfg.trainer.accumulate_grad_batches
+    row_tokens = cfg.datamodule.micro_batch_size * cfg.sequence_length
+    tokens = num_micro_batches * row_tokens // mesh.sequence_parallel_size
+    token = work(model, attention, recipe.memory, recipe.precision == "fp8", taught)
+    computing = token.seconds(used) * tokens
+    exchange = Exchange.of(
+        recipe.config().get_text_config(),
+        mesh,
+        cfg.num_devices,
+        sharding,
+        recipe.memory,
+        weights=sum(p.numel() * p.itemsize for p in model.parameters()),
+        trained=sum(p.numel() * p.itemsize for p in model.parameters() if p.requires_grad),
+        teacher=bool(taught),
+    )
+    return computing, exchange.seconds(used, tokens, num_micro_batches, computing)
 
 
 def resolve(
@@ -200,10 +257,11 @@ def _memory_of(
 
     skeleton, sharding = _skeleton(recipe), Sharding.of(cfg, step.num_devices)
     num_parameters = sum(p.numel() for p in skeleton.parameters())
+    largest = max((p.numel() for p in skeleton.parameters() if p.requires_grad), default=0)
     memory_of = StepMemory(skeleton, recipe.attention, step, instantiate(cfg.optimizer), hasten)
 
     def planned(savings: Savings) -> Memory:
-        return sharding.apply(memory_of(savings), num_parameters)
+        return sharding.apply(memory_of(savings), num_parameters, largest)
 
     given = recipe.memory
     if isinstance(given, Savings):
@@ -300,25 +358,29 @@ def _sizes(planned: Plan) -> Table:
     table.add_row(
         "tokens of the run", f"{planned.num_steps * planned.tokens_per_step:,} in {planned.num_steps:,} steps"
     )
+    if planned.hours is not None:
+        world = planned.mesh.world_size
+        table.add_row("hours", f"{planned.hours:,.3g} on {planned.device}, {planned.hours * world:,.3g} of all devices")
     return table
 
 
 def _devices(planned: Plan) -> str:
     shared = planned.mesh.sequence_parallel_size
     rows = f", {shared} to a row" if shared > 1 else ""
-    return f"{planned.mesh.world_size:,}{rows}, each with {HELD[planned.sharding.stage]}"
+    copies = ""
+    if planned.kv_head_copies > 1:
+        copies = f" (each key-value head on {planned.kv_head_copies}, {planned.exchange_ratio:.2f} times the exchange)"
+    return f"{planned.mesh.world_size:,}{rows}{copies}, each with {HELD[planned.sharding.stage]}"
 
 
 def _compute(planned: Plan) -> Table:
-    table = Table("row length", "steps", "FLOPs per token", "per step", "total", f"seconds per step, {planned.device}")
+    table = Table("row length", "steps", "FLOPs per token", "per step", "total", "seconds per step", "of these waiting")
     for stage in planned.stages:
         per_step = stage.flops_per_token * planned.tokens_per_step
-        amounts = stage.flops_per_token, per_step, per_step * stage.num_steps
-        tokens = planned.tokens_per_step / planned.mesh.world_size
-        seconds = "" if stage.seconds_per_token is None else f"{stage.seconds_per_token * tokens:.3g}"
-        table.add_row(f"{stage.length:,}", f"{stage.num_steps:,}", *(f"{amount:.3g}" for amount in amounts), seconds)
+        amounts = stage.flops_per_token, per_step, per_step * stage.num_steps, stage.seconds, stage.waiting
+        table.add_row(f"{stage.length:,}", f"{stage.num_steps:,}", *("" if a is None else f"{a:.3g}" for a in amounts))
     table.add_section()
-    table.add_row("all", f"{planned.num_steps:,}", "", "", f"{planned.flops:.3g}")
+    table.add_row("all", f"{planned.num_steps:,}", "", "", f"{planned.flops:.3g}", "", "")
     return table
 
 

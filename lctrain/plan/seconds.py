@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lctrain.errors import InputError
 from lctrain.kernels.fp8 import FP8Linear
 from lctrain.memory.savings import Savings
-from lctrain.plan.flops import DATASHEET_FLOPS
+from lctrain.plan.cards import Card
 
 # Shares of the datasheet's dense bf16 rate. Of a profile of 32k tokens (docs/results/step.md):
 MATRIX = 0.67  # matrix products
@@ -15,9 +14,9 @@ MATRIX = 0.67  # matrix products
 FP8 = 1.08  # matrix products in fp8, the scaling of their inputs included
 ATTENTION = 0.625  # flash-attn-4, forward and backward
 BACKWARD = 2.5  # attention's backward computes so many times its forward
-# Norms, gates, residuals and LoRA move so often a token's hidden and intermediate state, in each layer, at 4.3 TB/s; a
-# third of it each time that a forward runs again.
-MOVED, BANDWIDTH = 39, 4.3e12
+# Norms, gates, residuals and LoRA move so often a token's hidden and intermediate state, in each layer, at so much of
+# the datasheet's rate; a third of it each time that a forward runs again.
+MOVED, BANDWIDTH = 39, 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +28,10 @@ class Work:
     attention: float
     moved: float  # bytes
 
-    def seconds(self, device: str) -> float:
-        """On a card of DATASHEET_FLOPS."""
-        if device not in DATASHEET_FLOPS:
-            raise InputError(f"device={device} is none of {', '.join(DATASHEET_FLOPS)}")
-        peak = DATASHEET_FLOPS[device]
+    def seconds(self, card: Card) -> float:
+        """Return how long `card` computes."""
         products = self.matrix / MATRIX + self.fp8 / FP8 + self.attention / ATTENTION
-        return products / peak + self.moved / BANDWIDTH
+        return products / card.flops + self.moved / (BANDWIDTH * card.bandwidth)
 
 
 def work(model: nn.Module, attention: float, savings: Savings, fp8: bool, taught: float = 0.0) -> Work:

@@ -1,4 +1,4 @@
-"""What of a step's memory ZeRO spreads over devices, as the config says it."""
+"""Which parts of a step's memory ZeRO spreads over devices."""
 
 from dataclasses import dataclass, replace
 
@@ -6,7 +6,9 @@ from omegaconf import DictConfig
 
 from lctrain.plan.memory import Memory
 
-MAX_LIVE_PARAMETERS = 10**9  # DeepSpeed gathers no more at a time under stage 3 (stage3_max_live_parameters)
+# What DeepSpeed is told under stage 3 (its own: a billion each): an 8B model's shard leaves little room on two cards.
+MAX_LIVE_PARAMETERS = 5 * 10**8  # that are gathered at a time
+SUB_GROUP = 25 * 10**7  # that are updated at a time
 FP32 = 4
 
 
@@ -22,7 +24,7 @@ class Sharding:
 
     @classmethod
     def of(cls, cfg: DictConfig, num_devices: int) -> "Sharding":
-        """What `cfg.strategy` asks for."""
+        """Read `cfg.strategy`."""
         strategy = cfg.strategy
         return cls(
             stage=strategy.get("stage", 0),
@@ -32,14 +34,21 @@ class Sharding:
             bucket_size=strategy.get("bucket_size", 0),
         )
 
-    def apply(self, memory: Memory, num_parameters: int) -> Memory:
-        """One device's memory, and its share of the host's, from those of a model that is whole on each device."""
+    def apply(self, memory: Memory, num_parameters: int, largest: int) -> Memory:
+        """Return one device's memory, and its share of the host's, from those of a model that is whole on each.
+
+        `largest` is the number of elements of the largest parameter that trains.
+        """
         if not self.stage:
             return memory
-        master = memory.gradients  # an fp32 copy of what trains, which the optimizer updates: as large as its gradients
-        optimizer, weights, host = (memory.optimizer + master) // self.num_devices, memory.weights, memory.host
-        if self.offload_optimizer:
-            optimizer, host = 0, host + optimizer
+        share = memory.gradients // self.num_devices  # in fp32, as all that trains
+        # Stages 1 and 2 update a copy of what trains; so does stage 3, but in place where optimizer and shard are near.
+        copied = share if self.stage < 3 or self.offload_optimizer else 0
+        updated = share if self.stage < 3 else min(share, SUB_GROUP * FP32)  # at a time, of a copy of its gradients
+        optimizer, weights, host = memory.optimizer // self.num_devices + copied, memory.weights, memory.host
+        gradients, update = memory.gradients if self.stage == 1 else share, 2 * updated
+        if self.offload_optimizer:  # which takes the gradients along
+            optimizer, gradients, update, host = 0, 0, 0, host + optimizer + 2 * share
         if self.stage == 3:
             gathered = weights * min(MAX_LIVE_PARAMETERS, num_parameters) // num_parameters
             shard = weights // self.num_devices
@@ -48,8 +57,10 @@ class Sharding:
             memory,
             weights=weights,
             optimizer=optimizer,
-            gradients=memory.gradients // (self.num_devices if self.stage >= 2 else 1),
-            buckets=min(self.bucket_size * FP32, memory.gradients),
-            update=0 if self.offload_optimizer else memory.update // self.num_devices,
+            gradients=gradients,
+            # Stages 1 and 2 fill one bucket while another is exchanged; under stage 3 what is larger than a bucket is
+            # exchanged as it is, from a copy.
+            buckets=FP32 * (self.bucket_size + 2 * largest if self.stage == 3 else 2 * self.bucket_size),
+            update=update,
             host=host,
         )

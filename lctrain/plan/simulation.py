@@ -43,8 +43,7 @@ class Simulated:
     before: int  # live before the forward
     kept: int  # live behind the forward
     kept_by_layer: list[int]  # live behind each layer's forward
-    casts_by_layer: list[int]  # copies of weights that autocast made up to this layer, dropped after the loss
-    loss: int  # at most, beyond what is kept and cast
+    loss: int  # at most, beyond what is kept
     peaks: list[int]  # most that lived in each layer's backward, and, at the end, in what comes behind the layers
     host: int
 
@@ -58,7 +57,7 @@ def simulate(
         _materialize(model)
         base = unwrap(model)  # type: ignore[arg-type]
         hasten(base, host)
-        AttentionInterface.register("lctrain_plan", attend_by(method, step.length))
+        AttentionInterface.register("lctrain_plan", attend_by(method, step.length, step.sequence_parallel_size))
         base.set_attn_implementation("lctrain_plan")
         return _run(base, step, host)
 
@@ -76,9 +75,8 @@ def _run(model: PreTrainedModel, step: Step, host: CountingHost) -> Simulated:
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         before = storages.restart()
         marks = _Marks(storages, decoder.layers)
-        with torch.autocast("cpu", torch.bfloat16, enabled=step.autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=step.autocast, cache_enabled=False):
             hidden = decoder(input_ids=ids, position_ids=ids, attention_mask=given, use_cache=False).last_hidden_state
-            forward = storages.live
         kept = storages.restart()
         marks.end_forward()
         loss = _loss(model, hidden, step, storages)
@@ -95,8 +93,7 @@ def _run(model: PreTrainedModel, step: Step, host: CountingHost) -> Simulated:
         before=before,
         kept=kept,
         kept_by_layer=marks.kept,
-        casts_by_layer=marks.casts,
-        loss=loss + forward - kept,
+        loss=loss,
         peaks=marks.peaks,
         host=host.num_bytes,
     )
@@ -107,16 +104,13 @@ class _Marks:
 
     def __init__(self, storages: "Storages", layers: Any) -> None:
         self.kept: list[int] = []
-        self.casts: list[int] = []
         self.peaks = [0] * (len(layers) + 1)
         self._storages, self._layer = storages, len(layers)
         self._hooks = [layer.register_forward_hook(self._end_forward_of) for layer in layers]
 
     def _end_forward_of(self, layer: nn.Module, args: Any, output: Any) -> None:
-        hidden, index, live = output if isinstance(output, Tensor) else output[0], len(self.kept), self._storages.live
-        torch.clear_autocast_cache()  # no other layer has these weights
+        hidden, index = output if isinstance(output, Tensor) else output[0], len(self.kept)
         self.kept.append(self._storages.live)
-        self.casts.append(live - self._storages.live + (self.casts[-1] if self.casts else 0))
         if hidden.requires_grad:
             hidden.register_hook(lambda _: self.end_layer(index))
 
@@ -156,7 +150,7 @@ def _tiled_loss(model: PreTrainedModel, hidden: Tensor, autocast: bool, storages
         source = torch.empty(num_tokens, hidden.shape[-1], dtype=hidden.dtype, requires_grad=hidden.requires_grad)
         labels = torch.empty(num_tokens, dtype=torch.int64)
         before = storages.restart()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
             valid = source.clone()  # as selecting the valid tokens does
             total, _ = linear_cross_entropy(valid, head.weight, head.bias, labels, softcap=softcap(model))
         del valid
@@ -171,11 +165,15 @@ def _tiled_loss(model: PreTrainedModel, hidden: Tensor, autocast: bool, storages
 
 
 def _fused_loss(model: PreTrainedModel, hidden: Tensor) -> int:
-    """Liger's: the gradient of the hidden states, and logits of as many tokens as make them about that large."""
-    vocab_size, hidden_size = model.get_output_embeddings().weight.shape
+    """Liger's: the gradient of the hidden states, and logits of as many tokens as make them about that large. Where the
+    head trains: its gradient, a tile's share of that in bf16 and again in fp32, and the head in bf16.
+    """
+    weight = model.get_output_embeddings().weight
+    vocab_size, hidden_size = weight.shape
     num_tokens = hidden.numel() // hidden_size
     tile = 2 ** ceil(log2(ceil(num_tokens / ceil(vocab_size / hidden_size))))
-    return int(num_tokens * hidden_size + tile * vocab_size) * hidden.itemsize
+    head = weight.numel() * (weight.itemsize + 2 + 4 + 2) if weight.requires_grad else 0
+    return int(num_tokens * hidden_size + tile * vocab_size) * hidden.itemsize + head
 
 
 class Storages(TorchDispatchMode):

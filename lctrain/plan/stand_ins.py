@@ -13,13 +13,44 @@ from torch import Tensor
 from lctrain.attention.base import Attention, MaskedAttention
 from lctrain.memory.recall import attend_once
 from lctrain.model.layers import LayerKernels
+from lctrain.parallel.ulysses import Ulysses
 from lctrain.plan.flops import layer_layout
 
 
-def attend_by(method: Attention, length: int) -> Callable[..., tuple[Tensor, None]]:
-    """What `AttentionInterface` calls in rows of `length`: `method`, with a fused kernel for each of its patterns,
-    which keeps its inputs, its output and a log-sum-exp per query.
+class FakeUlysses(Ulysses):
+    """The exchange of the first of `size` ranks: what it receives is allocated, and nobody sends."""
+
+    def __init__(self, size: int) -> None:
+        object.__setattr__(self, "_size", size)
+
+    @property
+    def size(self) -> int:
+        return self._size  # type: ignore[no-any-return,attr-defined]
+
+    @property
+    def rank(self) -> int:
+        return 0
+
+    def _exchange(self, x_n: Tensor) -> Tensor:
+        out: Tensor = _Received.apply(x_n)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _Received(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_n: Tensor) -> Tensor:
+        return torch.empty_like(x_n, memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, d_out_n: Tensor) -> Tensor:
+        return torch.empty_like(d_out_n.contiguous())
+
+
+def attend_by(method: Attention, length: int, sequence_parallel_size: int) -> Callable[..., tuple[Tensor, None]]:
+    """Return what `AttentionInterface` calls in rows of `length` that so many ranks share: `method`, with a fused
+    kernel for each of its patterns, which keeps its inputs, its output and a log-sum-exp per query.
     """
+    ulysses = FakeUlysses(sequence_parallel_size) if sequence_parallel_size > 1 else None
 
     def run(pattern: MaskedAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend_once(_FusedAttention.apply, q, k, v)
@@ -30,7 +61,12 @@ def attend_by(method: Attention, length: int) -> Callable[..., tuple[Tensor, Non
         if torch.is_autocast_enabled("cpu"):
             q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
         layout = replace(layer_layout(module.config, length, module.layer_idx), first_head=first_head)
-        return method.attend(module, q, k, v, layout, run).transpose(1, 2), None
+
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return method.attend(module, q, k, v, layout, run)
+
+        out = attention(q, k, v) if ulysses is None else ulysses.attend(attention, q, k, v)
+        return out.transpose(1, 2), None
 
     return attend
 

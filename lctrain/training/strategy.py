@@ -17,6 +17,7 @@ from lctrain import checkpoint
 from lctrain.checkpoint import VALUE, ParameterState
 from lctrain.errors import InputError
 from lctrain.folder import STATE_FILE
+from lctrain.plan.sharding import MAX_LIVE_PARAMETERS, SUB_GROUP
 from lctrain.training.generators import restore_rng, rng_state
 
 
@@ -198,9 +199,11 @@ class ZeRO(ShardedCheckpoints, DeepSpeedStrategy):
             offload_parameters=offload_parameters,
             allgather_bucket_size=bucket_size,
             reduce_bucket_size=bucket_size,
+            sub_group_size=SUB_GROUP,
             timeout=timedelta(minutes=timeout_minutes),
         )
         assert isinstance(self.config, dict)
+        self.config["zero_optimization"]["stage3_max_live_parameters"] = MAX_LIVE_PARAMETERS
         self.config["zero_force_ds_cpu_optimizer"] = False  # torch's own optimizer runs on offloaded states
 
     def setup_environment(self) -> None:
