@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,82 +12,115 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from lctrain.benchmark.points import Points, last_line
 from lctrain.benchmark.step import choose, label
 from lctrain.config import nearest
 from lctrain.errors import InputError
+from lctrain.tables import show
 
-# name → tuning, strategy, whether all devices share each row
-CASES: dict[str, tuple[str, str, bool]] = {
-    "lora_shared": ("lora", "ddp", True),
-    "lora_apart": ("lora", "ddp", False),
-    "full_shared": ("full", "zero3", True),
-    "full_apart": ("full", "zero3", False),
+TUNINGS, STRATEGIES, ROWS = ("lora", "full"), ("ddp", "zero2", "zero3"), ("shared", "apart")
+CASES = {
+    f"{tuning}_{strategy}_{rows}": (tuning, strategy, rows)
+    for tuning, strategy, rows in product(TUNINGS, STRATEGIES, ROWS)
 }
 
 
 def devices(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Each of `devices.cases` and its tuning on one device, at `lengths`, ascending, up to the first that does not fit.
+    """Measure each of `devices.cases`, and its tuning on one device, at `lengths`, ascending, up to the first that does
+    not fit: what trains, how it is spread, and whether all devices share each row or each has its own.
 
-    Ranks are processes of this machine, started anew for every row of run_dir/devices.jsonl.
+    Ranks are processes of this machine, started anew for every case. Rows go into run_dir/devices.jsonl.
     """
     for name in cfg.devices.cases:
-        if name not in CASES:
-            raise InputError(nearest(f"devices.cases: no '{name}'", name, list(CASES), show_all=True))
+        if name not in CASES and name not in TUNINGS:
+            raise InputError(nearest(f"devices.cases: no '{name}'", name, [*TUNINGS, *CASES], show_all=True))
     points = Points(Path(cfg.run_dir) / "devices.jsonl", cfg.minutes)
     for attention, name in product(cfg.attentions or [None], cfg.devices.cases):
-        tuning, strategy, together = CASES[name]
-        alone = choose(cfg, attention=attention, tuning=tuning, strategy="single")
-        shared = choose(cfg, attention=attention, tuning=tuning, strategy=strategy)
-        shared.trainer.devices = cfg.devices.num_devices
-        shared.sequence_parallel_size = cfg.devices.num_devices if together else 1
-        for case, layout in ((alone, "alone"), (shared, name)):
+        case, layout = _case(cfg, attention, name)
+        with Ranks(case, Path(cfg.run_dir) / "ranks") as ranks:
             for length in sorted(cfg.lengths):
                 point = label(case) | {"layout": layout, "devices": case.trainer.devices, "length": length}
-                row = points.measure(point, partial(_on_ranks, case, length, Path(cfg.run_dir)))
+                row = points.measure(point, partial(ranks.measure, length))
                 if row is None or "error" in row:
                     break
     _show(points)
     return points.rows
 
 
-def _on_ranks(cfg: DictConfig, length: int, folder: Path) -> dict[str, Any]:
-    """What the first of the ranks answers, or the last line of one that failed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = folder / "rank.yaml"
-    settings.write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    size = cfg.trainer.devices
-    logs = [folder / f"rank-{rank}.log" for rank in range(size)]
-    command = [sys.executable, "-m", "lctrain.benchmark.rank", str(settings), str(length)]
-    ranks = [
-        subprocess.Popen(command, env=_environment(rank, size, port), stdout=log.open("w"), stderr=subprocess.STDOUT)
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        while any(codes := [rank.poll() for rank in ranks]) or None in codes:
-            if failed := [log for log, code in zip(logs, codes, strict=True) if code]:
-                return {"seconds": [], "error": last_line(failed[0].read_text(errors="replace"))}
-            time.sleep(0.5)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    (answer,) = [line[5:] for line in logs[0].read_text().splitlines() if line.startswith("RANK ")]
-    found: dict[str, Any] = json.loads(answer)
-    return found
+def _case(cfg: DictConfig, attention: str | None, name: str) -> tuple[DictConfig, str]:
+    """The config of a case, and how it is called in the table."""
+    if name in TUNINGS:
+        return choose(cfg, attention=attention, tuning=name, strategy="single"), "alone"
+    tuning, strategy, rows = CASES[name]
+    case = choose(cfg, attention=attention, tuning=tuning, strategy=strategy)
+    case.trainer.devices = cfg.devices.num_devices
+    case.sequence_parallel_size = cfg.devices.num_devices if rows == "shared" else 1
+    return case, f"{strategy}, rows {rows}"
+
+
+class Ranks:
+    """The processes of one case, started when they are first asked for a length."""
+
+    def __init__(self, cfg: DictConfig, folder: Path) -> None:
+        self._cfg, self._folder = cfg, folder
+        self._processes: list[subprocess.Popen[str]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
+    def measure(self, length: int) -> dict[str, Any]:
+        """What the first rank answers, or the last line of one that failed."""
+        if not self._processes:
+            self._start()
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(f"{length}\n")
+            process.stdin.flush()
+        answer = self._folder / f"{length}.json"
+        while not answer.exists():
+            for rank, process in enumerate(self._processes):
+                if process.poll() is not None:
+                    return {"seconds": [], "error": last_line(self._log(rank).read_text(errors="replace"))}
+            time.sleep(0.2)
+        found: dict[str, Any] = json.loads(answer.read_text())
+        return found
+
+    def _start(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+        settings = self._folder / "config.yaml"
+        settings.write_text(OmegaConf.to_yaml(self._cfg, resolve=True))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in range(self._cfg.trainer.devices):
+            with self._log(rank).open("w") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "lctrain.benchmark.rank", str(settings)],
+                    env=_environment(rank, self._cfg.trainer.devices, port),
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            self._processes.append(process)
+
+    def _log(self, rank: int) -> Path:
+        return self._folder / f"rank-{rank}.log"
 
 
 def _environment(rank: int, size: int, port: int) -> Mapping[str, str]:
-    """What torchrun sets."""
+    """Set what torchrun sets."""
     return os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -100,9 +134,11 @@ def _environment(rank: int, size: int, port: int) -> Mapping[str, str]:
 
 
 def _show(points: Points) -> None:
-    """Tokens/s, and how many times those of one device."""
+    """Print tokens/s, how many times those of one device, and the share of a step that is spent in exchanges alone."""
     alone = {_kind(row): _rate(row) for row in points.rows if row["layout"] == "alone"}
-    table = Table("layout", "devices", "attention", "tuning", "tokens", "tokens/s", "against one", "GiB", "memory")
+    table = Table(
+        "layout", "devices", "attention", "tuning", "tokens", "tokens/s", "against one", "waiting", "GiB", "memory"
+    )
     for row in points.rows:
         rate, one = _rate(row), alone.get(_kind(row))
         table.add_row(
@@ -113,10 +149,11 @@ def _show(points: Points) -> None:
             f"{row['length']:,}",
             f"{rate:,.0f}" if rate else str(row["error"]),
             f"{rate / one:.2f}" if rate and one else "",
+            f"{row['waiting'] / median(row['seconds']):.1%}" if row.get("waiting") is not None else "",
             f"{row['device_memory']:.1f}" if rate else "",
             row.get("memory", ""),
         )
-    Console(width=120).print(table)
+    show(table)
     print(points.told())
 
 

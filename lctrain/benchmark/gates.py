@@ -9,8 +9,6 @@ from typing import Any, cast
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,6 +25,7 @@ from lctrain.memory.savings import NOTHING
 from lctrain.model.install import install
 from lctrain.model.recipe import ModelRecipe
 from lctrain.plan.run import resolve
+from lctrain.tables import show
 from lctrain.training.distillation import Distillation
 from lctrain.training.gates import gates_of
 from lctrain.training.module import LongContextModule
@@ -158,12 +157,12 @@ def _show(rows: list[dict[str, Any]], target: Path) -> None:
     table = Table("way", "tokens", "tokens/s", "lctrain's is", "GiB", "memory")
     ours = {row["length"]: _rate(row) for row in rows if row["way"] == OURS and row["seconds"]}
     for row in rows:
-        title = escape(WAYS[row["way"]].title)
+        title = WAYS[row["way"]].title
         if not row["seconds"]:
             table.add_row(title, f"{row['length']:,}", row["error"])
             continue
         ratio = f"{ours[row['length']] / _rate(row):.2f}×" if row["length"] in ours else ""
         memory = f"{row['device_memory']:.1f}", row["memory"]
         table.add_row(title, f"{row['length']:,}", f"{_rate(row):,.0f}", ratio, *memory)
-    Console().print(table)
+    show(table)
     print(target)

@@ -12,9 +12,10 @@ from omegaconf import DictConfig
 
 from lctrain.benchmark.measure import measure
 from lctrain.benchmark.points import DOES_NOT_FIT, Points
-from lctrain.benchmark.step import choose, label, show
+from lctrain.benchmark.step import choose, label, table
 from lctrain.errors import DoesNotFit
 from lctrain.memory.savings import NOTHING, Savings
+from lctrain.tables import show
 
 ALL = {"checkpoint_layers": "all"}
 LADDER: dict[str, Savings] = {
@@ -44,7 +45,8 @@ def length(cfg: DictConfig) -> list[dict[str, Any]]:
                 row = points.measure(point, partial(_one_step, changed, num_tokens, savings))
                 if row is None or "error" in row:
                     break
-    show(points.rows, points.told())
+    show(table(points.rows))
+    print(points.told())
     return points.rows
 
 

@@ -9,12 +9,12 @@ from statistics import median
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from lctrain.benchmark import plain
 from lctrain.data.batch import Batch
 from lctrain.errors import InputError
+from lctrain.tables import show
 from lctrain.training.run import train
 
 GOAL = 0.95  # of the plain loop's tokens/s
@@ -75,7 +75,7 @@ def _print(measured: dict[str, list[float]], rates: dict[str, float], target: Pa
     table = Table("tokens/s", *(str(i + 1) for i in range(len(measured["plain"]))), "median")
     for name, values in measured.items():
         table.add_row(name, *(f"{value:,.0f}" for value in values), f"{rates[name]:,.0f}")
-    Console().print(table)
+    show(table)
     ratio = rates["lctrain"] / rates["plain"]
     goal = f"{'at or above' if ratio >= GOAL else 'below'} the goal of {GOAL}"
     print(f"lctrain runs at {ratio:.3f} of the plain loop, {goal}; {target}")

@@ -1,31 +1,48 @@
-"""One rank of a timed run: `python -m lctrain.benchmark.rank <config> <length>`; the first answers in JSON."""
+"""One rank of timed runs: `python -m lctrain.benchmark.rank <config>` reads lengths from standard input, a line each.
+
+The first rank answers each in a file beside the config.
+"""
 
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from lctrain.benchmark.measure import measure
+from lctrain.benchmark.measure import Measured, measure
 from lctrain.benchmark.points import DOES_NOT_FIT
+from lctrain.benchmark.trace import Exchanges
 from lctrain.errors import DoesNotFit
+from lctrain.folder import write_aside
 
 
 def main() -> None:
-    """Fails with a last line that says why."""
-    cfg, length = OmegaConf.load(sys.argv[1]), int(sys.argv[2])
+    """Measure until there is no more to read; fail with a last line that says why."""
+    settings = Path(sys.argv[1])
+    cfg = OmegaConf.load(settings)
     assert isinstance(cfg, DictConfig)
-    try:
-        measured = measure(cfg, length, num_steps=cfg.num_steps, budget=cfg.step_seconds)
-    except Exception as error:
-        fits = not isinstance(error, torch.OutOfMemoryError | DoesNotFit)
-        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        print(said if fits else DOES_NOT_FIT, flush=True)
-        os._exit(1)  # the others may wait for this one in an exchange, and it for them at its exit
-    if os.environ["RANK"] == "0":
-        print("RANK " + json.dumps(asdict(measured)), flush=True)
+    for line in sys.stdin:
+        try:
+            answer = _measured(cfg, int(line))
+        except Exception as error:
+            fits = not isinstance(error, torch.OutOfMemoryError | DoesNotFit)
+            said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            print(said if fits else DOES_NOT_FIT, flush=True)
+            os._exit(1)  # the others may wait for this one in an exchange, and it for them at its exit
+        if os.environ["RANK"] == "0":
+            write_aside(settings.with_name(f"{int(line)}.json"), json.dumps(answer))
+
+
+def _measured(cfg: DictConfig, length: int) -> dict[str, float]:
+    """Time `cfg.num_steps` steps; where there are several devices, trace one more and tell how long it waited."""
+    if os.environ["WORLD_SIZE"] == "1":
+        return asdict(measure(cfg, length, num_steps=cfg.num_steps, budget=cfg.step_seconds))
+    exchanges = Exchanges(step=1 + cfg.num_steps)
+    measured: Measured = measure(cfg, length, num_steps=cfg.num_steps + 1, exchanges=exchanges)
+    return asdict(replace(measured, seconds=measured.seconds[:-1])) | {"waiting": exchanges.waiting}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import numpy as np
 from hydra.utils import instantiate
 from matplotlib import rc_context
 from omegaconf import DictConfig
-from rich.console import Console
 
 from lctrain.benchmark.retrieval_report import FULL, LEARNED, RANDOM, STREAMING, picture, row, table
 from lctrain.cache.base import CachePolicy
@@ -26,6 +25,7 @@ from lctrain.evaluation.run import begin, check, check_cache, device, evaluate, 
 from lctrain.evaluation.style import STYLE
 from lctrain.folder import RunFolder
 from lctrain.heads import HeadPattern
+from lctrain.tables import show
 
 READ = ("model", "data", "datamodule", "evaluation", "retrieval", "sequence_length", "seed", "kernel")  # of the config
 
@@ -115,6 +115,6 @@ def _write(cfg: DictConfig, arms: Sequence[Arm], results: Mapping[str, Mapping[s
     with rc_context(STYLE):
         for task in rows[0]["recall"]:
             picture(task, rows).savefig(folder / f"{task}_by_share.png")
-    Console().print(table(rows))
+    show(table(rows))
     print(f"retrieval.json and pictures in {folder}")
     return told

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from lctrain.attention.full import FullAttention
@@ -30,6 +30,7 @@ from lctrain.heads import HeadPattern
 from lctrain.memory.savings import NOTHING
 from lctrain.model.decode import GreedyDecoder
 from lctrain.model.tuning import Frozen
+from lctrain.tables import show
 
 WARM_UP = 3  # decoded tokens that are not timed: the first runs as it is, the second captures
 SHRINK = 0.99  # of a length that did not fit, the next that is tried
@@ -67,7 +68,9 @@ def serve(cfg: DictConfig) -> list[dict[str, Any]]:
     for row in bench.rows(policies):
         rows.append(asdict(row))
         write(target, rows, ratios=ratios(rows), settings=settings, weights_gib=bench.weights_gib)
-    show(rows, target)
+    show(table(rows))
+    show(ratio_table(ratios(rows)))
+    print(target)
     return rows
 
 
@@ -139,10 +142,8 @@ class _Bench:
         for layer in _layers(cache):
             layer.length = length - self._cfg.chunk_size
             for part in layer.parts:
-                assert part.store.keys is not None
-                assert part.store.values is not None
-                part.store.keys.normal_()
-                part.store.values.normal_()
+                for tensor in filter(Tensor.is_floating_point, part.store.tensors()):
+                    tensor.normal_()
         prefill(self._model, tokens, None, cache, self._cfg.chunk_size)
         return self._decode(name, cache, tokens[:, -1:], "random", None)
 
@@ -190,9 +191,8 @@ def _layers(cache: Cache) -> Iterator[CacheLayer]:
 
 
 def held_bytes(cache: Cache) -> int:
-    """Of the storages that hold keys and values."""
-    stores = [part.store for layer in _layers(cache) for part in layer.parts]
-    return sum(x.untyped_storage().nbytes() for store in stores for x in (store.keys, store.values) if x is not None)
+    """Return the bytes of the storages that its stores hold."""
+    return sum(part.store.num_bytes for layer in _layers(cache) for part in layer.parts)
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -210,12 +210,12 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return compared
 
 
-def show(rows: list[dict[str, Any]], target: Path) -> None:
-    """The rows, and the ratios below them."""
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Return a line per row."""
     names = ("cache", "tokens", "KV GiB", "peak GiB", "prefill s", "decode ms", "without graphs ms")
-    table = Table(*names, caption="a star: the cache was filled with random numbers, but for the last chunk")
+    shown = Table(*names, caption="a star: the cache was filled with random numbers, but for the last chunk")
     for row in rows:
-        table.add_row(
+        shown.add_row(
             row["cache"],
             f"{row['length']:,}{'*' if row['filled'] == 'random' else ''}",
             f"{row['kv_gib']:.3f}",
@@ -224,8 +224,17 @@ def show(rows: list[dict[str, Any]], target: Path) -> None:
             f"{1000 * row['decode_seconds']:.2f}",
             f"{1000 * row['eager_seconds']:.2f}",
         )
-    console = Console()
-    console.print(table)
-    for ratio in ratios(rows):
-        console.print("duo / full:", ", ".join(f"{name} {value:,.4g}" for name, value in ratio.items()))
-    print(target)
+    return shown
+
+
+def ratio_table(compared: list[dict[str, Any]]) -> Table:
+    """Return a line per ratio."""
+    names = list(dict.fromkeys(name for ratio in compared for name in ratio))
+    told = "memory as a share of full's, times as how often duo's fit into them"
+    shown = Table(*(name.replace("_", " ") for name in names), title="Duo against full", caption=told)
+    for ratio in compared:
+        values = (ratio.get(name, "") for name in names)
+        shown.add_row(
+            *(f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if value else "" for value in values)
+        )
+    return shown

@@ -13,13 +13,13 @@ from typing import Any, cast
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from lctrain.benchmark.measure import Measured, measure
 from lctrain.benchmark.points import DOES_NOT_FIT, Points, device_name, fingerprint, last_line, versions
 from lctrain.config import conf_dir, nearest
 from lctrain.errors import DoesNotFit, InputError
+from lctrain.tables import show
 
 PEERS = ("trl", "assembly")
 
@@ -38,7 +38,8 @@ def step(cfg: DictConfig) -> list[dict[str, Any]]:
             _ask(points, cfg, peer, kind(cases[0], "attention"))
         for case, length in product(cases, cfg.lengths):
             points.measure(label(case) | {"length": length}, partial(_measured, case, length))
-    show(points.rows, points.told())
+    show(table(points.rows))
+    print(points.told())
     return points.rows
 
 
@@ -126,16 +127,16 @@ def write(target: Path, rows: list[dict[str, Any]], **more: Any) -> None:
     target.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def show(rows: list[dict[str, Any]], told: str) -> None:
-    """The rows as a table."""
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Return a line per row: what was measured, how fast it was and what it took."""
     memories = {"device_memory": "GiB", "pinned_memory": "on host", "memory": "memory"}
-    table = Table(
+    shown = Table(
         "stack", "attention", "tuning", "tokens", "tokens/s", "step, s", "fastest, slowest", *memories.values()
     )
     for row in rows:
         seconds = median(row["seconds"]) if row["seconds"] else None
         length = row["length"]
-        table.add_row(
+        shown.add_row(
             row["stack"] + (f" {row['precision']}" if row["precision"] else ""),
             row["attention"],
             row["tuning"],
@@ -145,8 +146,7 @@ def show(rows: list[dict[str, Any]], told: str) -> None:
             f"{min(row['seconds']):.2f}, {max(row['seconds']):.2f} of {len(row['seconds'])}" if seconds else "",
             *(_told(row.get(name, "")) for name in memories),
         )
-    Console().print(table)
-    print(told)
+    return shown
 
 
 def _told(value: float | str) -> str:

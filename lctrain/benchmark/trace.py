@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from lctrain.benchmark.measure import measure
+from lctrain.tables import show
 
+MAX_NAME = 56  # letters of a kernel's name in the table; trace_summary.json has all
 SYNCHRONIZATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
@@ -41,15 +42,20 @@ def trace(cfg: DictConfig) -> Traced:
     traced = profiled.traced
     assert traced is not None
     (folder / "trace_summary.json").write_text(json.dumps(asdict(traced), indent=2) + "\n")
-    table = Table("kernel", "ms", "share")
-    for name, seconds in traced.kernels:
-        table.add_row(name[:80], f"{1e3 * seconds:.1f}", f"{seconds / traced.seconds:.1%}")
-    Console().print(table)
+    show(table(traced))
     print(
         f"{traced.seconds:.3f} s, {traced.busy:.2%} of it busy; {traced.num_synchronizations} waits of the host, "
         f"{traced.num_compilations} compilations behind the first step; {folder}"
     )
     return traced
+
+
+def table(traced: Traced) -> Table:
+    """Return a line per kind of kernel."""
+    shown = Table("kernel", "ms", "share")
+    for name, seconds in traced.kernels:
+        shown.add_row(name[:MAX_NAME], f"{1e3 * seconds:.1f}", f"{seconds / traced.seconds:.1%}")
+    return shown
 
 
 class _Profiled(Callback):
@@ -74,6 +80,35 @@ class _Profiled(Callback):
         self._profile.stop()
         self._profile.export_chrome_trace(str(self._target))
         self.traced = summarize(self._profile.events(), _num_compilations() - self._compiled)
+
+
+class Exchanges(Callback):
+    """Traces one step, counted from 0: for how many seconds its device runs nothing but exchanges with others."""
+
+    def __init__(self, step: int) -> None:
+        self.waiting: float | None = None  # None without a CUDA device
+        self._step = step
+        self._profile = profile(activities=[ProfilerActivity.CUDA]) if torch.cuda.is_available() else None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._profile is not None and batch_idx == self._step:
+            self._profile.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._profile is not None and batch_idx == self._step:
+            torch.cuda.synchronize()
+            self._profile.stop()
+            self.waiting = seconds_exchanging(self._profile.events())
+
+
+def seconds_exchanging(events: Iterable[Any]) -> float:
+    """Return the seconds in which NCCL's kernels run and no others do."""
+    kernels = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
+    spans = sorted((event.time_range.start, event.time_range.end, event.name.startswith("nccl")) for event in kernels)
+    computing = [(start, end) for start, end, exchanges in spans if not exchanges]
+    return (_covered([(start, end) for start, end, _ in spans]) - _covered(computing)) / 1e6
 
 
 def _num_compilations() -> int:

@@ -10,12 +10,12 @@ from itertools import pairwise
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 from lctrain.cluster.slurm import JOB_ID, JobState, job_states
 from lctrain.errors import InputError
 from lctrain.folder import RunFolder, read_history
+from lctrain.tables import show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +61,11 @@ def main(cfg: DictConfig) -> None:
         raise InputError(f"folder={cfg.folder} holds no runs")
     runs = [_read(folder) for folder in folders]
     jobs = job_states(run.job_id for run in runs if run.job_id)
-    table = Table(Column("run", overflow="fold"), "job", "state", "step", "loss", "tokens/s", "time left", "restarts")
+    table = Table("run", "job", "state", "step", "loss", "tokens/s", "time left", "restarts")
     for run in runs:
         name = run.folder if cfg.run_dir is not None else run.folder.relative_to(cfg.folder)
         table.add_row(str(name), *_row(run, run.state(jobs)))
-    Console().print(table)
+    show(table)
 
 
 def _row(run: Run, state: str) -> Iterator[str]:

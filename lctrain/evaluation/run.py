@@ -10,7 +10,6 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedConfig
 
@@ -29,6 +28,7 @@ from lctrain.memory.savings import NOTHING
 from lctrain.model.recipe import ModelRecipe, PretrainedModel
 from lctrain.model.tuning import Frozen
 from lctrain.rope.none import NoScaling
+from lctrain.tables import show
 
 ELSEWHERE = ("run_dir", "resume", "logger")  # settings that say nothing of what is measured
 
@@ -126,7 +126,7 @@ def report(
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             log_media(logger.experiment, Path(cfg.run_dir), results)
-    Console().print(table(results))
+    show(table(results))
     print(f"report.json, pictures and more in {cfg.run_dir}")
 
 
