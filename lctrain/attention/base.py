@@ -12,10 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lctrain.errors import InputError
-from lctrain.kernels.mask import Local
-
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(batch, query head, query position, key position) -> may attend; index tensors that broadcast against each other."""
+from lctrain.kernels.mask import Local, PositionMask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +86,7 @@ class MaskedAttention(Attention):
     """
 
     @abstractmethod
-    def visible(self, layout: Layout) -> MaskMod:
+    def visible(self, layout: Layout) -> PositionMask:
         """The pattern of one layer as a function of positions."""
 
     def local(self, layout: Layout, head: int) -> Local | None:

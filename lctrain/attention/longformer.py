@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from lctrain.attention.base import Layout, MaskedAttention, MaskMod, require_positive
+from lctrain.attention.base import Layout, MaskedAttention, require_positive
 from lctrain.errors import InputError
+from lctrain.kernels.mask import PositionMask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class Longformer(MaskedAttention):
         if self.num_global_tokens < 0:
             raise InputError(f"attention.num_global_tokens must not be negative, got {self.num_global_tokens}")
 
-    def visible(self, layout: Layout) -> MaskMod:
+    def visible(self, layout: Layout) -> PositionMask:
         span = self.sliding_window * self.dilation
 
         def near_or_global(b, h, q_pos, kv_pos):  # type: ignore[no-untyped-def]

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from lctrain.attention.base import Layout, MaskedAttention, MaskMod, require_positive
+from lctrain.attention.base import Layout, MaskedAttention, require_positive
 from lctrain.errors import InputError
-from lctrain.kernels.mask import Local
+from lctrain.kernels.mask import Local, PositionMask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class ShiftedSparseAttention(MaskedAttention):
         if self.group_size_ratio is not None and self.group_size_ratio > 1:
             raise InputError(f"attention.group_size_ratio must be at most 1, got {self.group_size_ratio}")
 
-    def visible(self, layout: Layout) -> MaskMod:
+    def visible(self, layout: Layout) -> PositionMask:
         if layout.decoding and self.group_size is None:
             raise InputError("attention.group_size_ratio has no meaning while decoding; set attention.group_size")
         if self.group_size_ratio == 1:  # one group: the shifted heads have nothing to bridge

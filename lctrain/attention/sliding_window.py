@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from lctrain.attention.base import Layout, MaskedAttention, MaskMod, require_positive
+from lctrain.attention.base import Layout, MaskedAttention, require_positive
 from lctrain.errors import InputError
-from lctrain.kernels.mask import Local
+from lctrain.kernels.mask import Local, PositionMask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class SlidingWindowAttention(MaskedAttention):
         for width in self._widths():
             require_positive(self, sliding_window=width)
 
-    def visible(self, layout: Layout) -> MaskMod:
+    def visible(self, layout: Layout) -> PositionMask:
         width = self.layer_group(layout.layer_idx)
         return lambda b, h, q_pos, kv_pos: q_pos - kv_pos < width
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from lctrain.attention.base import Layout, MaskedAttention, MaskMod, require_positive
+from lctrain.attention.base import Layout, MaskedAttention, require_positive
 from lctrain.errors import InputError
-from lctrain.kernels.mask import Local
+from lctrain.kernels.mask import Local, PositionMask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class StreamingAttention(MaskedAttention):
         if self.num_sink_tokens < 0:
             raise InputError(f"attention.num_sink_tokens must not be negative, got {self.num_sink_tokens}")
 
-    def visible(self, layout: Layout) -> MaskMod:
+    def visible(self, layout: Layout) -> PositionMask:
         return lambda b, h, q_pos, kv_pos: (kv_pos < self.num_sink_tokens) | (q_pos - kv_pos < self.recent_size)
 
     def local(self, layout: Layout, head: int) -> Local:

@@ -13,8 +13,13 @@ from torch import Tensor
 
 from lctrain.kernels.interval import Blocks, Interval
 
-MaskMod = Callable[[Any, Any, Any, Any], Any]
-"""(batch, query head, query index, key index) -> may attend; of tensors that broadcast, or of intervals."""
+IndexMask = Callable[[Any, Any, Any, Any], Any]
+"""(batch, query head, query index, key index) -> may attend; of tensors that broadcast, or of intervals. Indices count
+the tokens of a row.
+"""
+
+PositionMask = Callable[[Any, Any, Any, Any], Any]
+"""(batch, query head, query position, key position) -> may attend; likewise. Positions begin anew in every document."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +51,8 @@ class Mask:
     head_dim: int
     device: torch.device
     dtype: torch.dtype
-    allowed: MaskMod  # what the architecture allows (causality, its own window), by index in the row
-    visible: MaskMod  # the method's pattern, by position in the document
+    allowed: IndexMask  # what the architecture allows (causality, its own window), by index in the row
+    visible: PositionMask  # the method's pattern, by position in the document
     q_offset: int = 0  # index in the row of the first query
     kv_offset: int = 0
     positions: tuple[Tensor, Tensor] | None = None  # of queries [R, L] and keys [R, S]; None: the index in the row
@@ -72,7 +77,7 @@ class Mask:
         """Whether every token of the row is a query."""
         return self.q_length == self.kv_length
 
-    def mask_mod(self) -> MaskMod:
+    def mask_mod(self) -> IndexMask:
         """The function of indices in this forward."""
         q_offset, kv_offset, allowed, visible = self.q_offset, self.kv_offset, self.allowed, self.visible
         positions, documents = (tables and [*map(_reader, tables)] for tables in (self.positions, self.documents))
