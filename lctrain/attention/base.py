@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -25,6 +26,7 @@ class Layout:
     layer_idx: int
     first_head: int = 0
     decoding: bool = False  # fewer queries than keys: the row's final length is not known
+    device: torch.device | None = None  # where tensors that a pattern holds must be; None is the default
 
 
 Run = Callable[["MaskedAttention", Tensor, Tensor, Tensor], Tensor]

@@ -15,7 +15,7 @@ REFUSED = {
     "plan traner.max_steps=3": "no such option 'traner.max_steps'; did you mean 'trainer.max_steps'?",
     "plan max_steps=3": "no such option 'max_steps'; did you mean 'trainer.max_steps'?",
     "plan atention=full": "no such option 'atention'; did you mean 'attention'?",
-    "plan attention=slidng_window": "no attention 'slidng_window'; did you mean 'sliding_window'? (choices: duo, ",
+    "plan attention=slidng_window": "no attention 'slidng_window'; did you mean 'sliding_window'? (choices: ",
     "plan attention=sliding_window attention.sliding_windw=8": "did you mean 'attention.sliding_window'?",
     "plan attention=streaming attention.sliding_window=8": "it is one of attention=longformer or sliding_window",
     "plan seed=[1": "cannot read 'seed=[1'",
