@@ -1,10 +1,10 @@
-"""A checkpoint on disk: one file per rank, in parts that any number of ranks can read, however they are sharded.
+"""Write and read checkpoints: one file per rank, which any number of ranks can read, with any sharding.
 
     step-00000020.ckpt/state.pt                   the loop, the schedule, the callbacks: the same for every rank
     step-00000020.ckpt/rank-00001-of-00004.pt     whole parameters with their optimizer states, and a rank's own state
 
-Each parameter that trains stands in one rank's file, in fp32, under its name in the model. So files are written in
-parallel, and single device, data parallel and ZeRO runs read each other's.
+Each parameter that trains is in one rank's file, in fp32, under its name in the model. So files are written in
+parallel, and single device, data parallel and ZeRO runs read each other's checkpoints.
 """
 
 import os
@@ -18,34 +18,34 @@ from torch import Tensor
 from lctrain.errors import InputError
 from lctrain.folder import RANK_FILE, STATE_FILE, rank_files
 
-VALUE = "value"  # a parameter's own entry beside those of its optimizer
+VALUE = "value"  # key of the parameter itself, beside its optimizer states
 
 ParameterState = dict[str, Tensor]
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """OSError if the disk refuses; the bytes are on the disk on return."""
+    """Write `content` and return when its bytes are on the disk. Raises OSError if the disk refuses them."""
     with path.open("wb") as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # torch's zip writer wraps, or drops, what the file raised
+        except RuntimeError as error:  # torch's zip writer wraps, or drops, the error that the file raised
             raise OSError(f"{error.__context__ or error}".splitlines()[0]) from error
         file.flush()
         os.fsync(file.fileno())
 
 
 def write_rank(folder: Path, rank: int, world_size: int, content: Mapping[str, Any]) -> None:
-    """`content["parameters"]` maps names to their states."""
+    """Write one rank's file; `content["parameters"]` maps parameter names to their states."""
     write(folder / RANK_FILE.format(rank=rank, world_size=world_size), content)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What every rank needs."""
+    """Return the state that every rank needs."""
     return _read(folder / STATE_FILE)
 
 
 def read_rank(folder: Path, rank: int) -> dict[str, Any] | None:
-    """What rank `rank` left of its own; None where there were fewer ranks."""
+    """Return the own state of rank `rank`, without parameters; None where the checkpoint has fewer ranks."""
     files = rank_files(folder)
     if rank >= len(files):
         return None
@@ -53,17 +53,17 @@ def read_rank(folder: Path, rank: int) -> dict[str, Any] | None:
 
 
 def read_parameters(folder: Path) -> dict[str, ParameterState]:
-    """Name → states of every parameter in the checkpoint, mapped into memory and not read before they are used."""
+    """Return name → states of every parameter in the checkpoint, mapped into memory and read only when used."""
     return {name: state for file in rank_files(folder) for name, state in _read(file)["parameters"].items()}
 
 
 def read_values(folder: Path) -> dict[str, Tensor]:
-    """Name → the parameter alone."""
+    """Return name → parameter, without optimizer states."""
     return {name: state[VALUE] for name, state in read_parameters(folder).items()}
 
 
 def check_names(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """InputError unless the checkpoint holds exactly the parameters that train."""
+    """Raise InputError unless the checkpoint holds exactly the parameters that train."""
     if differ := sorted(found.keys() ^ wanted.keys()):
         raise InputError(f"{folder} was written with another tuning: {len(differ)} parameters differ, e.g. {differ[0]}")
 

@@ -1,6 +1,7 @@
-"""The config tree: where it lies, how it is composed, checked and written down, and how mistakes in it are named.
+"""Find, compose, check and write configs, and explain mistakes in them.
 
-Works alike in a checkout and in an installed wheel, and never imports torch."""
+This works in a checkout and in an installed wheel, and never imports torch.
+"""
 
 import difflib
 import inspect
@@ -18,7 +19,7 @@ from lctrain.errors import InputError
 from lctrain.validate import check_values
 
 _PACKAGE = Path(__file__).resolve().parent
-_ROOT = _PACKAGE / "share" if (_PACKAGE / "share").is_dir() else _PACKAGE.parent  # a wheel brings its own share/
+_ROOT = _PACKAGE / "share" if (_PACKAGE / "share").is_dir() else _PACKAGE.parent  # a wheel contains share/
 
 _SECRET_FIELD = re.compile(r"(?i)(api|access|private)_?key|passw|secret|credential|^token$|(auth|access|api|hf)_token$")
 _SECRET_VARIABLE = re.compile(r"(?i)KEY|TOKEN|SECRET|PASSWORD")
@@ -29,11 +30,11 @@ _PATH = re.compile(
 )
 
 _WIRED = re.compile(r"^(module\.)?(recipe\.|model\.)?(?=(attention|rope|tuning|objective|optimizer|scheduler)\.)")
-"""Where a group's object is built, in front of the group's name: nobody sets options there."""
+"""The prefix of the place where a config group's object is built; users set options without it."""
 
 
 def root() -> Path:
-    """The folder with conf/, slurm/ and data/."""
+    """Return the folder with conf/, slurm/ and data/."""
     return _ROOT
 
 
@@ -42,7 +43,7 @@ def conf_dir() -> Path:
 
 
 def asset(name: str) -> str:
-    """Absolute path of data/<name>, as `${asset:<name>}` in a config; whether it is there is the reader's question."""
+    """Return the absolute path of data/<name>, `${asset:<name>}` in a config, without checking that it exists."""
     return str(_ROOT / "data" / name)
 
 
@@ -51,7 +52,7 @@ def register_resolvers() -> None:
 
 
 def compose(verb: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """conf/<verb>.yaml under Hydra overrides, as `lctrain <verb> <overrides>` composes it. Raises InputError."""
+    """Return conf/<verb>.yaml with Hydra overrides, as `lctrain <verb> <overrides>` does. Raises InputError."""
     try:
         return _compose(verb, overrides)
     except Exception as error:
@@ -67,23 +68,26 @@ def _compose(verb: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def expand_home(override: str) -> str:
-    """`key=~/folder` with the home folder in it: Hydra can't read `~`, and shells replace it behind few names."""
+    """Return an override such as `key=~/folder` with the home folder for `~`.
+
+    Hydra can't read `~`, and shells replace it only after few option names.
+    """
     return re.sub(r"(?<==)~(?=/|$)", lambda _: str(Path.home()), override)
 
 
 def anchor_paths(cfg: DictConfig) -> None:
-    """Makes local paths absolute, in place, so that what a run writes down holds in any folder; `~` is the home."""
+    """Make local paths absolute, in place, so that a written config is valid in any folder; `~` is the home folder."""
     for name, _ in _leaves(OmegaConf.to_container(cfg)):
         value = OmegaConf.select(cfg, name, throw_on_resolution_failure=False) if _PATH.fullmatch(name) else None
         if value in (None, "auto", "never"):
             continue
         path = Path(str(value)).expanduser()
-        if name in ("run_dir", "output") or path.exists():  # else a hub's id, or a mistake to be named as it was typed
+        if name in ("run_dir", "output") or path.exists():  # else it is a hub's id, or a mistake, reported as typed
             OmegaConf.update(cfg, name, str(path.absolute()))
 
 
 def check(cfg: DictConfig) -> None:
-    """Raises InputError where a value is missing (`???`), of a wrong type, or an interpolation that leads nowhere."""
+    """Raise InputError where a value is missing (`???`), has a wrong type, or is an interpolation without a target."""
     if isinstance(pattern := cfg.get("evaluation_attention"), str):
         raise InputError(f"choose the evaluated pattern with attention@evaluation_attention={pattern}")
     raw: Any = OmegaConf.to_container(cfg)
@@ -98,7 +102,7 @@ def check(cfg: DictConfig) -> None:
 
 
 def public(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved config as plain containers, secrets as '***': fit for a file, a log, W&B."""
+    """Return the resolved config as plain containers with secrets as '***', for files, logs and W&B."""
     variables = {value for name, value in os.environ.items() if value and _SECRET_VARIABLE.search(name)}
 
     def mask(node: Any, field: str) -> Any:
@@ -108,7 +112,7 @@ def public(cfg: DictConfig) -> dict[str, Any]:
             return [mask(value, field) for value in node]
         if not isinstance(node, str):
             return node
-        # Inside a longer text only values of 8 characters and more: TOKENIZERS_PARALLELISM=1 must not hide every 1.
+        # Inside a longer text only values of 8 or more characters: TOKENIZERS_PARALLELISM=1 must not hide every 1.
         known = node in variables or any(len(value) >= 8 and value in node for value in variables)
         return "***" if known or _SECRET_FIELD.search(field) else node
 
@@ -117,12 +121,12 @@ def public(cfg: DictConfig) -> dict[str, Any]:
 
 
 def dump(cfg: DictConfig) -> str:
-    """`public(cfg)` as YAML."""
+    """Return `public(cfg)` as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(public(cfg)))
 
 
 def groups(verb: str) -> dict[str, tuple[str | None, list[str]]]:
-    """Group → (default choice, all choices) of conf/<verb>.yaml, read from the files alone."""
+    """Return config group → (default choice, all choices) of conf/<verb>.yaml, read from the files alone."""
     found: dict[str, tuple[str | None, list[str]]] = {}
     for entry in OmegaConf.select(OmegaConf.load(conf_dir() / f"{verb}.yaml"), "defaults", default=[]):
         if isinstance(entry, str):
@@ -137,7 +141,7 @@ def groups(verb: str) -> dict[str, tuple[str | None, list[str]]]:
 
 
 def explain(error: BaseException, verb: str, overrides: Sequence[str] = ()) -> InputError | None:
-    """What the user did wrong, in one line that names the nearest that exists; None where the error is not theirs."""
+    """Return the user's mistake as an InputError of one line, with the nearest valid name; None if it is not theirs."""
     from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 
     if isinstance(error, InputError):
@@ -159,28 +163,31 @@ def explain(error: BaseException, verb: str, overrides: Sequence[str] = ()) -> I
 
 
 def nearest(problem: str, name: str, existing: Sequence[str], *, prefix: str = "", show_all: bool = False) -> str:
-    """`problem` with the nearest existing name behind it, and the choices where there are few enough to show."""
+    """Return `problem` followed by the nearest existing name, and by all choices if `show_all`."""
     match = difflib.get_close_matches(name, existing, n=1, cutoff=0.5)
     guess = f"; did you mean '{prefix}{match[0]}'?" if match else ""
     return problem + guess + (f" (choices: {', '.join(existing)})" if show_all and existing else "")
 
 
 def _no_such_option(name: str, verb: str, overrides: Sequence[str]) -> str:
-    """Compares with every option under the groups that were chosen, those that end alike first."""
+    """Return the message for an option that does not exist, with the nearest option under the chosen config groups.
+
+    Options with the same last part as `name` come first.
+    """
     if others := _choices_with(name):
         group = name.partition(".")[0]
         return f"no such option '{name}' under this {group}; it is one of {group}={' or '.join(others)}"
     chosen = [o for o in overrides if re.match(r"[\w/@+]+=", o) and not o.startswith(f"{name}=")]
     try:
         existing = list(dict.fromkeys(_keys(OmegaConf.to_container(_compose(verb, chosen)))))
-    except Exception:  # another override is wrong as well: name this one without a guess
+    except Exception:  # another override is wrong too, so that the options are unknown: report this one without a guess
         existing = []
     alike = [key for key in existing if key.rpartition(".")[2] == name.rpartition(".")[2]]
     return nearest(f"no such option '{name}'", name, alike or existing)
 
 
 def _choices_with(name: str) -> list[str]:
-    """The files of the group that the dotted `name` begins with in which it is an option."""
+    """Return the choices of a config group that have the option; dotted `name` is <group>.<option>."""
     group, _, option = name.partition(".")
     files = sorted((conf_dir() / group).glob("*.yaml")) if option else []
     missing = object()
@@ -214,7 +221,7 @@ def _explain_instantiation(error: BaseException) -> InputError | None:
 
 
 def _raised_in(error: BaseException) -> str:
-    """The name of the function that raised."""
+    """Return the name of the function that raised `error`."""
     innermost = list(traceback.walk_tb(error.__traceback__))[-1:]
     return innermost[0][0].f_code.co_name if innermost else ""
 
@@ -228,7 +235,7 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _keys(tree: Any) -> Iterator[str]:
-    """Every dotted name, of groups too."""
+    """Yield every dotted name, also of inner nodes; names may repeat."""
     for name, _ in _leaves(tree):
         parts = name.split(".")
         yield from (".".join(parts[: i + 1]) for i in range(len(parts)))

@@ -1,17 +1,17 @@
-"""The exceptions that are told to the user in one line, without a traceback."""
+"""Define the exceptions that are shown to the user in one line, without a traceback."""
 
 
 class InputError(ValueError):
-    """What the user gave is wrong: what, where, and what to do. The command line exits with 2."""
+    """An error in the user's input. It says what is wrong, where, and what to do. The command line exits with 2."""
 
 
 class DoesNotFit(InputError):
-    """More memory is needed than there is, whatever is saved."""
+    """A refusal of a run that needs more memory than there is, with any choice of savings."""
 
 
 class RunError(RuntimeError):
-    """The input was fine, the run could not go on (interrupted, diverged, disk full). The command line exits with 1."""
+    """An end of a run with valid input (interrupted, diverged, disk full). The command line exits with 1."""
 
 
 class Stopped(RunError):
-    """The run was asked to stop and kept what was done. The command line exits with 75, as in "try again"."""
+    """An end of a run that was asked to stop, after it saved its work. The command line exits with 75 ("try again")."""

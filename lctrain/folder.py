@@ -1,4 +1,4 @@
-"""A run's folder: who holds it, what it holds."""
+"""Lock a run's folder, and find the checkpoints, settings and history in it."""
 
 import fcntl
 import json
@@ -18,12 +18,12 @@ log = logging.getLogger(__name__)
 CHECKPOINTS = "step-*.ckpt"
 STATE_FILE = "state.pt"
 RANK_FILE = "rank-{rank:05d}-of-{world_size:05d}.pt"
-TRACES = ("config.yaml", "metrics.jsonl", "cells.jsonl", "report.json")  # of a run that left no checkpoint
+TRACES = ("config.yaml", "metrics.jsonl", "cells.jsonl", "report.json")  # files of a run that has no checkpoint yet
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 
 
 class RunFolder:
-    """A run's folder, held by one process at a time."""
+    """A run's folder, which one process at a time may hold."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -38,9 +38,9 @@ class RunFolder:
         return self.path / "config.yaml"
 
     def resume_from(self, resume: str) -> Path | None:
-        """The checkpoint that `resume` (never, auto, or a path) means; broken ones are skipped with a warning.
+        """Return the checkpoint that `resume` (never, auto, or a path) means; broken ones are skipped with a warning.
 
-        Raises InputError where the run would write over something that another one left.
+        Raises InputError where the run would overwrite another run, or no whole checkpoint is there to resume from.
         """
         if resume == "never":
             if is_first_process() and (self._written() or any((self.path / name).exists() for name in TRACES)):
@@ -67,21 +67,23 @@ class RunFolder:
         return Path(resume)
 
     def _written(self) -> list[Path]:
-        """Whole or not."""
+        """Return all checkpoints, oldest first, whole or not."""
         return sorted(self.checkpoints.glob(CHECKPOINTS))
 
     def check_settings(self, settings: str, resume: str, free: tuple[str, ...]) -> None:
-        """What goes on must compute what was begun: InputError where YAML `settings` differ from those of config.yaml,
-        unless their name begins with one of `free`."""
+        """Raise InputError where the YAML `settings` of a resumed run differ from its config.yaml.
+
+        Settings whose name begins with one of `free` may differ.
+        """
         if resume == "never" or not self.config.exists():
             return
         before, now = (
             _flat(OmegaConf.to_container(c)) for c in (OmegaConf.load(self.config), OmegaConf.create(settings))
         )
-        # The shallowest first: rope.factor says more than model.rope.factor.
+        # The shallowest name first: a user sets rope.factor, not model.rope.factor.
         for key in sorted(before.keys() | now.keys(), key=lambda key: (key.count("."), key)):
             if not key.startswith(free) and before.get(key) != now.get(key):
-                name = key.removesuffix("._target_")  # of a group: its class says which file was chosen
+                name = key.removesuffix("._target_")  # the class of a config group names the chosen file
                 was, is_ = (v if name == key else str(v).rpartition(".")[2] for v in (before.get(key), now.get(key)))
                 raise InputError(
                     f"resume={resume}: {name} was {was} when {self.path} began and is {is_} now; "
@@ -89,7 +91,7 @@ class RunFolder:
                 )
 
     def acquire(self) -> None:
-        """Create the folder and hold it; InputError while another process does."""
+        """Create the folder and hold it. Raises InputError if it can't be written to, or another process holds it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")
@@ -100,7 +102,7 @@ class RunFolder:
         except OSError as error:
             lock.close()
             raise InputError(f"another process is running in {self.path}; choose another run_dir") from error
-        self._lock = lock  # held as long as this object, or until the process ends, however it ends
+        self._lock = lock  # held until this object is freed or the process ends in any way
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -110,19 +112,23 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def is_first_process() -> bool:
-    """Whether no launcher started this process beside another: those find what the first one has just written."""
+    """Return whether this process is the only one or the first of a launcher's.
+
+    The others would find the files that the first one has just written.
+    """
     return all(os.environ.get(rank, "0") == "0" for rank in RANKS)
 
 
 def rank_files(checkpoint: Path) -> list[Path]:
-    """The files that a checkpoint's ranks wrote, by rank."""
+    """Return the files that a checkpoint's ranks wrote, by rank."""
     return sorted(checkpoint.glob("rank-*-of-*.pt"))
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether every rank's file is there to the last byte: torch's files are zip archives, their directory at the end.
+    """Return whether every rank's file is complete; torch's files are zip archives, with their directory at the end.
 
-    The first process reads all of them against their checksums; the others, who follow its choice, look at the ends.
+    The first process compares all bytes with their checksums. The other processes follow its choice and read only the
+    directories.
     """
     ranks = rank_files(checkpoint)
     complete = ranks and [file.name for file in ranks] == [
@@ -130,7 +136,7 @@ def is_whole(checkpoint: Path) -> bool:
     ]
     if not complete:
         return False
-    with ThreadPoolExecutor() as pool:  # checksums are computed outside the interpreter's lock
+    with ThreadPoolExecutor() as pool:  # threads help, because checksums are computed without the interpreter's lock
         return all(pool.map(_is_sound, [checkpoint / STATE_FILE, *ranks]))
 
 
@@ -138,12 +144,12 @@ def _is_sound(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return not is_first_process() or archive.testzip() is None
-    except Exception:  # damaged bytes look like anything: another compression, an encrypted file, a date that is none
+    except Exception:  # damaged bytes may look like an unknown compression, an encrypted file or an invalid date
         return False
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """Oldest to newest."""
+    """Return the whole checkpoints in `folder`, oldest first; log a warning for each broken one."""
     found = []
     for path in sorted(folder.glob(CHECKPOINTS)):
         if is_whole(path):
@@ -154,14 +160,14 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines; a line cut off by a crash is left out."""
+    """Return the entries of a file of JSON lines, without a line that a crash cut off; empty if there is no file."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
 
 
 def write_aside(path: Path, text: str) -> None:
-    """Replace a file as a whole."""
+    """Write `text` to a file beside `path`, then rename it, so that `path` is never incomplete."""
     aside = path.with_suffix(".partial")
     aside.write_text(text)
     aside.replace(path)

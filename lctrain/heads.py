@@ -1,4 +1,4 @@
-"""Which heads retrieve and which stream: the result of training gates, and what a model is deployed with."""
+"""Store which heads retrieve and which stream: training gates decides it, and deployment uses it."""
 
 import dataclasses
 import json
@@ -14,21 +14,21 @@ from transformers import PreTrainedConfig
 
 from lctrain.errors import InputError
 
-TSV, JSON = "full_attention_heads.tsv", "head_pattern.json"  # in the authors' folders and in exported ones
-DEPLOYED = {"num_sink_tokens": 64, "recent_size": 256}  # the authors'
-_OVERSHOOT = 0.1  # the authors clamp before each step: what they write may be a step outside
+TSV, JSON = "full_attention_heads.tsv", "head_pattern.json"  # in the authors' folders, and in exported ones
+DEPLOYED = {"num_sink_tokens": 64, "recent_size": 256}  # the authors' values
+_OVERSHOOT = 0.1  # the authors clamp before each step, so the gates they write may be one step outside 0 to 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadPattern:
-    """Which key-value heads retrieve (keep every key) and which stream (keep sinks and recent tokens).
+    """A choice of key-value heads that retrieve (keep every key) or stream (keep sinks and recent tokens).
 
-    DuoAttention (Xiao et al., arXiv:2410.10819, §2.3). A head retrieves where its gate α is above `threshold`; or the
-    `streaming_share` of heads with the smallest gates stream, that many exactly: equal gates, of which clamping makes
-    many, are told apart by a fixed draw. Give one of the two.
+    DuoAttention (Xiao et al., arXiv:2410.10819, §2.3). Give `threshold` or `streaming_share`: a head retrieves where
+    its gate α is above `threshold`, or exactly the `streaming_share` of heads with the smallest gates stream. Clamping
+    makes many gates equal, and a fixed random order decides between those.
 
-    gates: α per layer and key-value head. num_sink_tokens, recent_size: what a streaming head keeps, the token itself
-    included. provenance: the model, the run, its step and versions.
+    gates: α per layer and key-value head. num_sink_tokens, recent_size: the tokens that a streaming head keeps, the
+    current one included. provenance: the model, the run, its step and versions. Raises InputError for invalid values.
     """
 
     gates: tuple[tuple[float, ...], ...]
@@ -43,7 +43,7 @@ class HeadPattern:
             raise InputError("a head pattern needs the same number of gates, at least one, in every layer")
         for layer, gates in enumerate(self.gates):
             for head, gate in enumerate(gates):
-                if not 0 <= gate <= 1:  # NaN is not either
+                if not 0 <= gate <= 1:  # NaN fails this too
                     raise InputError(f"head pattern: gate of layer {layer}, head {head} is {gate}, not within 0 and 1")
         if (self.threshold is None) == (self.streaming_share is None):
             raise InputError("a head pattern needs one of threshold and streaming_share")
@@ -60,7 +60,7 @@ class HeadPattern:
 
     @property
     def retrieval_heads(self) -> Tensor:
-        """Bool [layers, key-value heads], True where the head retrieves."""
+        """Return bool [layers, key-value heads], True where the head retrieves."""
         gates = torch.tensor(self.gates, dtype=torch.float64)
         if self.threshold is not None:
             return gates > self.threshold
@@ -82,7 +82,7 @@ class HeadPattern:
         recent_size: int = DEPLOYED["recent_size"],
         provenance: Mapping[str, str] | None = None,
     ) -> "HeadPattern":
-        """The pattern of gates [layers, key-value heads]; InputError if they are none."""
+        """Build the pattern of gates [layers, key-value heads]. Raises InputError for invalid gates or sizes."""
         rows = gates.tolist() if isinstance(gates, Tensor) else gates
         return cls(
             gates=tuple(tuple(float(gate) for gate in layer) for layer in rows),
@@ -97,11 +97,11 @@ class HeadPattern:
     def read(
         cls, path: str | Path, *, threshold: float | None = None, streaming_share: float | None = None
     ) -> "HeadPattern":
-        """From JSON, from a TSV of the authors' (a row a layer, a column a head), or from a folder that holds either.
+        """Read a pattern from JSON, an authors' TSV (a line per layer, a column per head) or a folder with either.
 
-        `threshold` or `streaming_share` replaces what the file says; a TSV says nothing and is read with 0.5. What a
-        streaming head keeps comes from the authors' config.json beside it, where it names what is deployed, else it is
-        their 64 sinks and 256 recent tokens. InputError for what is no pattern.
+        `threshold` or `streaming_share` replaces the file's; a TSV has none, and its threshold is 0.5. The sizes of a
+        TSV's streaming heads are the deployed ones in the authors' config.json beside it, or else 64 sinks and 256
+        recent tokens. Raises InputError if the file is no pattern.
         """
         file = Path(path)
         if file.is_dir():
@@ -147,7 +147,7 @@ class HeadPattern:
         num_sink_tokens: int | None = None,
         recent_size: int | None = None,
     ) -> "HeadPattern":
-        """The same gates, with what is given here in place of what was decided before."""
+        """Return a pattern with the same gates, and with the values given here in place of the old ones."""
         decided = threshold is not None or streaming_share is not None
         return dataclasses.replace(
             self,
@@ -158,15 +158,15 @@ class HeadPattern:
         )
 
     def write_tsv(self, path: str | Path) -> None:
-        """The gates, as the authors write them."""
+        """Write the gates as the authors do."""
         np.savetxt(path, np.array(self.gates), delimiter="\t")
 
     def write_json(self, path: str | Path) -> None:
-        """Everything; `read` gives it back."""
+        """Write the whole pattern; `read` returns it."""
         Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     def check(self, config: PreTrainedConfig, length: int | None = None) -> None:
-        """InputError if it is not for a model of this config, or streaming heads see all of `length` tokens."""
+        """Raise InputError if the pattern is of another model, or its streaming heads keep all of `length` tokens."""
         text = config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None)
         if heads is None:
@@ -187,6 +187,9 @@ class HeadPattern:
 
 
 def architecture(config: PreTrainedConfig) -> str:
-    """What a pattern's provenance knows its model by: models that differ in it can't share a pattern."""
+    """Return the description by which a pattern's provenance identifies its model's architecture.
+
+    Models with different descriptions can't share a pattern.
+    """
     text = config.get_text_config()
     return f"{text.model_type}, hidden size {text.hidden_size}, vocabulary of {text.vocab_size}"

@@ -1,4 +1,4 @@
-"""Tables on the console that can be read in a narrow terminal and in a log file."""
+"""Print tables that can be read in a narrow terminal and in a log file."""
 
 import os
 import re
@@ -12,18 +12,18 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-WIDTH = 80  # columns where output is no terminal, unless the environment says COLUMNS
+WIDTH = 80  # columns where output is no terminal, unless the environment variable COLUMNS is set
 SHORT = 16  # cells up to this width stay on one line
-MAX_LINES = 5  # of a row, on average; taller ones are read more easily as a list
+MAX_LINES = 5  # per row, on average; taller rows are easier to read as a list
 NUMBER = re.compile(r"[-+]?[\d,.]+(e[-+]?\d+)?[%×*]?|-")
 
 
 def show(table: Table, console: Console | None = None) -> None:
     """Print a table whose cells are plain text, and break no word and no number over lines.
 
-    What does not fit into the width first has its headings wrapped; then columns that say the same in every row move
-    above the table, the left ones first and no more than must; then cells are wrapped between words; and at last each
-    row becomes a list of its cells.
+    A table that is too wide is changed in this order until it fits: headings are wrapped; as few columns as possible
+    that are the same in every row move above the table, the left ones first; cells are wrapped between words; each row
+    becomes a list of its cells.
     """
     console = console or Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH)
     columns = [_Column(column, [str(cell) for cell in column.cells]) for column in table.columns]
@@ -63,7 +63,7 @@ class _Column:
         return any(self.cells) and all(NUMBER.fullmatch(cell) for cell in self.cells if cell)
 
     def tell(self, row: int) -> str:
-        """Return one cell with its heading, "" where it is empty."""
+        """Return one cell after its heading, "" where the cell is empty."""
         name = " ".join(self.heading.split())
         return f"{name}: {self.cells[row]}" if name and self.cells[row] else self.cells[row]
 
@@ -72,7 +72,10 @@ class _Column:
         return _longest([self.heading, *self.cells], str.splitlines)
 
     def least(self, wrapped: bool) -> int:
-        """Return the width at which no word of the heading and no cell is broken, or, `wrapped`, no word of one."""
+        """Return the width at which no word of the heading and no cell is broken.
+
+        With `wrapped`, cells wider than SHORT may be broken between words.
+        """
         whole = [cell for cell in self.cells if cell_len(cell) <= SHORT or not wrapped]
         words = _longest([self.heading, *self.cells], str.split)
         return max(words, _longest(whole, str.splitlines))
@@ -90,7 +93,7 @@ def _longest(texts: Iterable[str], parts: Callable[[str], list[str]]) -> int:
 
 
 def _widths(columns: Sequence[_Column], available: int, wrapped: bool) -> list[int] | None:
-    """Return the columns' widths, the widest narrowed first; None where no widths make a table that can be read."""
+    """Return the columns' widths, with the widest narrowed first; None where no widths make a readable table."""
     available -= 3 * len(columns) + 1  # lines and spaces between them
     bounds = [(column.least(wrapped), column.most()) for column in columns]
     if sum(least for least, _ in bounds) > available:
@@ -126,7 +129,7 @@ def _print_side_by_side(console: Console, texts: Iterable[str]) -> None:
 
 
 def _print(console: Console, text: object, *, style: str = "", indent: str = "") -> None:
-    """Print a paragraph, nothing where there is no text; `indent` is that of its later lines."""
+    """Print a paragraph, or nothing where there is no text; `indent` precedes all lines but the first."""
     for line in _lines(str(text or ""), console.width, indent):
         console.print(Text(line, style=style), soft_wrap=True)
 

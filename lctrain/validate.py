@@ -1,4 +1,4 @@
-"""Whether a config's values have the types and sizes that the constructors behind them ask for."""
+"""Check that a config's values have the types and sizes that the constructors they are passed to accept."""
 
 import inspect
 import json
@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lctrain.errors import InputError
 
-BOUNDS = {  # what no constructor refuses by itself
+BOUNDS = {  # for values that no constructor checks
     "sequence_length": (2, inf),
     "model.sequence_length": (2, inf),
     "seed": (0, 2**32 - 1),
@@ -26,9 +26,9 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def check_values(raw: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
-    """InputError for a value of another type than its constructor's annotation, or out of bounds.
+    """Raise InputError for a value of another type than its constructor's annotation, or out of bounds.
 
-    Takes the same config before and after its interpolations, and imports each `_target_`.
+    `raw` and `resolved` are the same config before and after its interpolations. Each `_target_` is imported.
     """
     for prefix, node in _targets(raw, resolved):
         hints = _hints(node["_target_"])
@@ -42,7 +42,7 @@ def check_values(raw: Mapping[str, Any], resolved: Mapping[str, Any]) -> None:
 
 
 def _targets(raw: Any, resolved: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each resolved node with a `_target_` that stands there itself, not by interpolation."""
+    """Yield the prefix and the resolved node of each `_target_` that is written in the node, not interpolated."""
     if isinstance(raw, dict):
         if isinstance(resolved.get("_target_"), str):
             yield prefix, resolved
@@ -51,7 +51,7 @@ def _targets(raw: Any, resolved: Any, prefix: str = "") -> Iterator[tuple[str, M
 
 
 def _hints(target: str) -> dict[str, Any]:
-    """Empty where the target can't be found, which instantiating it says better, or is not annotated."""
+    """Return the annotations of a target; empty where it has none, or can't be found: instantiating it reports that."""
     try:
         found: Any = pkgutil.resolve_name(target)
         return get_type_hints(found.__init__ if inspect.isclass(found) else found)
@@ -60,10 +60,10 @@ def _hints(target: str) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    if isinstance(value, dict) and "_target_" in value:  # what it builds is checked where it is built
+    if isinstance(value, dict) and "_target_" in value:  # the object that it builds is checked when it is built
         return True
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):  # of float and Tensor only the float can stand in a config
+    if origin in (Union, UnionType):  # of float | Tensor, for example, a config can hold only the float
         return any(_fits(value, each) for each in filter(_is_plain, arguments) or arguments)
     if not _is_plain(hint):
         return True
@@ -77,7 +77,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _is_plain(hint: Any) -> bool:
-    """Whether a config can hold such a value as it is, and not only something to be made from it."""
+    """Return whether a config can hold a value of this type directly, without a `_target_` that builds it."""
     origin = get_origin(hint)
     return hint in _WORDS or origin is Literal or (isinstance(origin, type) and issubclass(origin, Sequence | Mapping))
 
@@ -94,7 +94,7 @@ def _describe(hint: Any) -> str:
 
 
 def _origin(raw: Mapping[str, Any], option: str) -> str:
-    """The option that sets this one: `sequence_length` where `model.sequence_length` is `${sequence_length}`."""
+    """Return the option that sets `option`: `sequence_length` where `model.sequence_length` is `${sequence_length}`."""
     link = re.fullmatch(r"\$\{([\w.]+)\}", str(_at(raw, option)))
     return _origin(raw, link[1]) if link else option
 

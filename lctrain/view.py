@@ -1,4 +1,4 @@
-"""What autograd saves, told as a view of a tensor that is kept anyway."""
+"""Describe a tensor that autograd saves as a view of another tensor that is kept anyway."""
 
 from typing import NamedTuple, Self
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class View(NamedTuple):
-    """Where the numbers lie, from the first of the tensor that is kept."""
+    """The shape, strides and offset of a view; the offset is relative to the first number of the kept tensor."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -15,11 +15,11 @@ class View(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor, kept: Tensor) -> Self | None:
-        """None where they share no memory."""
+        """Return `tensor` as a view of `kept`; None where they share no memory."""
         if tensor.untyped_storage()._cdata != kept.untyped_storage()._cdata:
             return None
         return cls(tensor.shape, tuple(tensor.stride()), int(tensor.storage_offset() - kept.storage_offset()))
 
     def take(self, kept: Tensor) -> Tensor:
-        """The view of `kept`, or of a tensor like it."""
+        """Return this view of `kept`, which may be another tensor with the same layout."""
         return kept.as_strided(self.shape, self.stride, kept.storage_offset() + self.offset)

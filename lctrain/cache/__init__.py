@@ -1,1 +1,1 @@
-"""What a model remembers of the tokens before: KV cache policies, a file each."""
+"""KV cache policies, which decide what is kept of earlier tokens: one file each."""

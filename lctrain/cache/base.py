@@ -1,4 +1,4 @@
-"""The interface of a cache policy, and how a long prompt is read in chunks.
+"""Define the interface of a cache policy, and read a long prompt in chunks.
 
 Shape legend: B batch, H query heads, K key-value heads, L new tokens, S all tokens of the row so far, D head dim.
 """
@@ -20,21 +20,21 @@ from lctrain.kernels.one_query import Buffer
 
 
 class CachePolicy(ABC):
-    """What is kept of the keys and values before, and what of it is attended: makes caches for `generate`."""
+    """A policy that decides which earlier keys and values are kept and attended, and makes caches for `generate`."""
 
-    keeps_all: ClassVar[bool] = False  # nothing is forgotten: any attention method may attend, not full attention alone
+    keeps_all: ClassVar[bool] = False  # True: nothing is forgotten, so any attention method may attend, not only full
 
     @abstractmethod
     def new(self, model: PreTrainedModel, length: int | None = None) -> Cache:
-        """An empty cache: `model.generate(…, past_key_values=policy.new(model))`.
+        """Return an empty cache, for `model.generate(…, past_key_values=policy.new(model))`.
 
-        `length`: tokens of a row to reserve memory for; without it memory grows, and is at most a quarter too much.
+        Memory is reserved for rows of `length` tokens; without `length` it grows, and is at most a quarter too much.
         Raises InputError if the policy can't serve this model.
         """
 
     @abstractmethod
     def num_bytes(self, config: PreTrainedConfig, length: int, batch_size: int, dtype: torch.dtype) -> int:
-        """What a cache that was made for `length` tokens holds, from the first token on."""
+        """Return the bytes that a cache made for `length` tokens takes, from the first token on."""
 
     def check(self, config: PreTrainedConfig, length: int | None = None) -> None:  # noqa: B027 - most fit always
         """Raise InputError if the policy does not fit the model, or rows of this length."""
@@ -42,21 +42,21 @@ class CachePolicy(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Forward:
-    """What a layer's cache is told of the forward that asks it."""
+    """The properties of one forward, passed to the cache of each layer."""
 
-    tokens_BS: Tensor | None  # False where a row is padded; None: nowhere
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor]  # (q, all keys, all values) by the installed method
+    tokens_BS: Tensor | None  # False where a row is padded; None: no padding
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]  # (q, all keys, all values), computed by the installed method
     kernel: Kernel
     scaling: float
     plain: bool  # each query sees every key up to its own, without a softcap
-    shared: dict[Any, Any]  # by all layers of the forward: what was prepared for one serves the others
+    shared: dict[Any, Any]  # among all layers of the forward: results that one layer prepares and the others use
 
 
 class Store(State, ABC):
-    """What some heads of one layer keep, keys, values and more: a policy is a way to store and to attend.
+    """The keys, values and other tensors that some heads of one layer keep, and how these heads attend.
 
     `keys` and `values` are buffers [B, K, ≥ kept, D]. Any other tensor that a store keeps begins with the batch too:
-    beams select rows of all of them, and a reset brings every attribute back to what it was before the first token.
+    beams select rows of all of them, and a reset restores every attribute to its state before the first token.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,10 @@ class Store(State, ABC):
         self.values: Tensor | None = None
 
     def __init_subclass__(cls) -> None:
-        """Leave `buffer` and `crop` of a base behind where `attend` is the class's own: they know only the base's."""
+        """Replace a base's `buffer` and `crop` by those of `Store` in a class that defines `attend` without them.
+
+        A base's `buffer` and `crop` are right for the base's `attend` only.
+        """
         super().__init_subclass__()
         if "attend" in vars(cls):
             for name in {"buffer", "crop"} - vars(cls).keys():
@@ -72,32 +75,35 @@ class Store(State, ABC):
 
     @abstractmethod
     def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, start: int, forward: Forward) -> Tensor:
-        """[B, H, L, D] of new queries over what was kept and the new keys; keeps of those what later ones need.
+        """Return the output [B, H, L, D] of the new queries over kept and new keys, and keep what later queries need.
 
-        `start` is how many tokens of the row came before.
+        `start` is the number of earlier tokens in the row.
         """
 
     def buffer(self, like_BKLD: Tensor, start: int) -> Buffer | None:
-        """With room for one token behind so many; None where a token takes more than to be stored and see all."""
+        """Return the buffer with room for one token after `start` tokens, in which that token sees everything.
+
+        None where a token needs more than being stored and attending to all.
+        """
         return None
 
     def crop(self, length: int) -> None:
-        """Forget the tokens from `length` on. Without it tokens can't be taken back."""
+        """Forget the tokens from `length` on. A store that does not define this can't take tokens back."""
         raise NotImplementedError
 
     @property
     def can_crop(self) -> bool:
-        """Whether the last tokens can be taken back."""
+        """Return whether the last tokens can be taken back."""
         return self.keeps_all and type(self).crop is not Store.crop
 
     @property
     def room(self) -> float:
-        """How many tokens fit before a buffer must grow."""
+        """Return the number of tokens that fit before a buffer must grow."""
         return inf
 
     @property
     def keeps_all(self) -> bool:
-        """Whether nothing is forgotten: any method may attend."""
+        """Return whether nothing is forgotten, so that any attention method may attend."""
         return False
 
 
@@ -107,8 +113,8 @@ def prefill(
 ) -> None:
     """Put all tokens but the last one into `cache`, `chunk_size` at a time (None: all at once), computing no logits.
 
-    `model.generate(input_ids, attention_mask=…, past_key_values=cache)` goes on from there. What `cache` already holds
-    is taken for the first tokens of `input_ids`.
+    `model.generate(input_ids, attention_mask=…, past_key_values=cache)` continues from there. Tokens already in `cache`
+    are taken to be the first of `input_ids`. Raises InputError if `chunk_size` is not positive.
     """
     if chunk_size is not None and chunk_size < 1:
         raise InputError(f"prefill_chunk_size={chunk_size} must be positive")

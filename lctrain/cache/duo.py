@@ -1,4 +1,4 @@
-"""Retrieval heads keep everything, streaming heads sinks and recent tokens."""
+"""Keep everything in retrieval heads, and sinks and recent tokens in streaming heads."""
 
 from dataclasses import dataclass
 
@@ -19,9 +19,9 @@ from lctrain.heads import HeadPattern
 class DuoCache(CachePolicy):
     """DuoAttention's two caches (Xiao et al., arXiv:2410.10819, §2.4), for the heads of `pattern`.
 
-    `positions` are those of streaming heads, as cache=streaming has them; the paper's are `text`. Deviation: each token
-    of a chunk sees its own sinks and window, so that any chunk size gives the same result; the authors' prefill
-    attends in full inside a chunk.
+    `positions` are those of streaming heads, with the same choices as in cache=streaming; the paper uses `text`.
+    Deviation: each token of a chunk sees its own sinks and window, so that any chunk size gives the same result; the
+    authors' prefill attends in full inside a chunk.
     """
 
     pattern: HeadPattern

@@ -1,4 +1,4 @@
-"""Every key and value of every head.
+"""Keep every key and value of every head.
 
 Shape legend: B batch, H query heads, K key-value heads, L new tokens, D head dim.
 """
@@ -19,7 +19,7 @@ MIN_ROOM = 64  # tokens: the least that a full buffer grows by
 
 
 class AllKeys(Store):
-    """Buffers with room for more, so that a token is not paid for with a copy of all before it."""
+    """A store whose buffers have room for more tokens, so that a new token does not copy all earlier ones."""
 
     def __init__(self, reserve: int | None = None) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class AllKeys(Store):
         return larger
 
     def crop(self, length: int) -> None:
-        """What lies from `length` on is written over before it is seen."""
+        """Do nothing: tokens from `length` on are overwritten before any query sees them."""
 
     @property
     def room(self) -> int:
@@ -63,10 +63,9 @@ class AllKeys(Store):
 
 @dataclass(frozen=True, kw_only=True)
 class FullCache(CachePolicy):
-    """All of the context, whatever the installed method sees of it.
+    """A policy that keeps the whole context, even where the installed method sees only a part.
 
-    Layers with a window or a state of their own, and models that attend without lctrain, keep what transformers keeps
-    for them.
+    Layers with a window or a state of their own, and models that attend without lctrain, use transformers' caches.
     """
 
     keeps_all: ClassVar[bool] = True
@@ -88,7 +87,7 @@ def _own(length: int | None) -> CacheLayer:
 
 
 def bytes_per_key(config: PreTrainedConfig, batch_size: int, dtype: torch.dtype) -> int:
-    """Of a token in one head of one layer: its key and its value, in all rows."""
+    """Return the bytes of one token's key and value in one head of one layer, over all rows of the batch."""
     text = config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return 2 * batch_size * int(head_dim) * dtype.itemsize

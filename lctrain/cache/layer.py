@@ -1,4 +1,4 @@
-"""One layer's cache in transformers' Cache: the new keys go to attention together with who keeps them.
+"""Adapt stores to one layer of transformers' Cache; the layer is passed to attention together with the new keys.
 
 Shape legend: B batch, H query heads, K key-value heads, L new tokens, D head dim.
 """
@@ -18,11 +18,11 @@ from lctrain.errors import InputError
 from lctrain.kernels.one_query import Buffer, attend_one
 
 before: ContextVar[Tensor | None] = ContextVar("before", default=None)
-"""While a step is captured: how many tokens came before, [1] on the device."""
+"""The number of earlier tokens while a step is captured, [1] on the device."""
 
 
 class Fresh(NamedTuple):
-    """In place of keys: the new ones, and the layer that knows those before. Only lctrain's attention takes it."""
+    """The new keys and the layer that keeps the earlier ones, passed in place of keys to lctrain's attention only."""
 
     layer: "CacheLayer"
     keys: Tensor
@@ -37,7 +37,7 @@ class Part:
 
 
 class CacheLayer(CacheLayerMixin):
-    """Each head's keys and values are in one of the parts' stores, which also attends for it."""
+    """A layer's cache in parts: each head's keys and values are in the store of one part, which also attends for it."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -47,14 +47,17 @@ class CacheLayer(CacheLayerMixin):
 
     @property
     def keeps_all(self) -> bool:
-        """Whether the installed method still decides what is seen."""
+        """Return whether no store forgets anything, so that the installed method decides what is seen."""
         return all(part.store.keeps_all for part in self.parts)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Stores allocate what they need when they are given keys."""
+        """Do nothing: stores allocate their buffers when they get the first keys."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keeps nothing yet: `attend` comes in the same layer, and knows the queries."""
+        """Return the new keys as `Fresh`, and the new values, without keeping them: `attend` does, with the queries.
+
+        Raises InputError if the number of rows differs from that of the rows kept.
+        """
         held = next((rows for part in self.parts if (rows := part.store.num_rows) is not None), None)
         if held not in (None, key_states.shape[0]):
             raise InputError(
@@ -65,18 +68,21 @@ class CacheLayer(CacheLayerMixin):
 
     @property
     def room(self) -> float:
-        """How many tokens fit before a buffer must grow."""
+        """Return the number of tokens that fit before a buffer must grow."""
         return min(part.store.room for part in self.parts)
 
     def attend(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, forward: Forward) -> Tensor:
-        """[B, H, L, D]; the new keys are kept from here on."""
+        """Return the output [B, H, L, D], and keep the new keys and values.
+
+        Raises InputError while a step is captured, if the cache's work on a token changes as the text grows.
+        """
         captured, buffers = before.get(), self._buffers(k_BKLD, forward)
         if captured is not None:
             if buffers is None:
                 raise InputError("what this cache does with a token changes as the text grows; use graphs=False")
             return self._attend_one(q_BHLD, k_BKLD, v_BKLD, buffers, captured, forward.scaling)
         start, self.length = self.length, self.length + k_BKLD.shape[2]
-        if buffers is not None and k_BKLD.is_cuda:  # one kernel instead of a dozen
+        if buffers is not None and k_BKLD.is_cuda:  # runs one kernel instead of a dozen
             if "before" not in forward.shared:
                 forward.shared["before"] = torch.full((1,), start, device=k_BKLD.device)
             return self._attend_one(q_BHLD, k_BKLD, v_BKLD, buffers, forward.shared["before"], forward.scaling)
@@ -93,8 +99,8 @@ class CacheLayer(CacheLayerMixin):
         return out_BKGLD.flatten(1, 2)
 
     def _buffers(self, k_BKLD: Tensor, forward: Forward) -> list[Buffer] | None:
-        """Where one token is stored, and all that it sees; None where it is not as simple as that."""
-        if k_BKLD.shape[2] != 1 or not forward.plain or k_BKLD.requires_grad:  # that kernel has no backward
+        """Return the buffers that store one new token and hold all that it sees; None where `attend_one` can't run."""
+        if k_BKLD.shape[2] != 1 or not forward.plain or k_BKLD.requires_grad:  # attend_one has no backward
             return None
         buffers = []
         for part in self.parts:
@@ -122,7 +128,7 @@ class CacheLayer(CacheLayerMixin):
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As if everything were kept: masks tell which of all tokens are padding."""
+        """Return (number of all tokens, 0), whatever is kept: masks tell which of all tokens are padding."""
         return self.length + query_length, 0
 
     def get_max_length(self) -> int:
@@ -138,12 +144,12 @@ class CacheLayer(CacheLayerMixin):
         return all(part.store.can_crop for part in self.parts)
 
     def activate_past_recording(self) -> None:
-        """Assisted generation announces here that it will take tokens back."""
+        """Raise InputError if tokens can't be taken back; assisted generation calls this before it starts."""
         if not self.is_croppable:
             raise InputError("what was forgotten can't be brought back: assisted generation needs cache=full")
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last tokens, given as a negative number."""
+        """Take back the last `tokens_to_remove` tokens, a negative number. Raises InputError if that can't be done."""
         if tokens_to_remove:
             self.activate_past_recording()
             self.length -= abs(tokens_to_remove)
@@ -154,23 +160,23 @@ class CacheLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times, for as many continuations."""
+        """Repeat each row `repeats` times, for as many continuations."""
         for part in self.parts:
             part.store.select(torch.arange(part.store.num_rows or 0).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these rows, in this order."""
+        """Keep only these rows, in this order."""
         for part in self.parts:
             part.store.select(indices)
 
 
 def is_installed(model: PreTrainedModel) -> bool:
-    """Whether `model` runs lctrain's attention, which alone knows this kind of layer."""
+    """Return whether `model` runs lctrain's attention, the only one that accepts a `CacheLayer`."""
     return str(model.config.get_text_config()._attn_implementation).startswith("lctrain_")
 
 
 def require_installed(model: PreTrainedModel) -> None:
-    """InputError unless `model` runs lctrain's attention."""
+    """Raise InputError unless `model` runs lctrain's attention."""
     if not is_installed(model):
         raise InputError(
             f"{type(model).__name__} attends by {model.config.get_text_config()._attn_implementation!r}; "
@@ -179,7 +185,7 @@ def require_installed(model: PreTrainedModel) -> None:
 
 
 def require_full_layers(config: Any) -> None:
-    """InputError unless every layer attends to all tokens by itself, without a window or a state."""
+    """Raise InputError unless every layer attends to all tokens, without a window, a state or a softcap."""
     text = config.get_text_config()
     windowed = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
     kinds = getattr(text, "layer_types", None) or [windowed]

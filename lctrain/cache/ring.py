@@ -1,7 +1,7 @@
-"""Sinks and recent tokens, in memory that does not grow.
+"""Keep sinks and recent tokens in memory that does not grow.
 
 Shape legend: B batch, H query heads, K key-value heads, L new tokens, S all tokens so far, D head dim, N slots,
-M slots in use and new tokens, R rows of a table: B, or 1 where no row is padded.
+M slots in use plus new tokens, R rows of a table: B, or 1 where no row is padded.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from lctrain.kernels.one_query import Buffer, slot_of
 
 @dataclass(frozen=True)
 class Slots:
-    """Where a row's tokens are kept: the first `num_sinks` for good, the last `num_recent` in turns."""
+    """The slots that keep a row's tokens: the first `num_sinks` for good, the last `num_recent` in a ring."""
 
     num_sinks: int
     num_recent: int
@@ -35,11 +35,11 @@ class Slots:
         return self.num_sinks + self.num_recent
 
     def of(self, position: Tensor) -> Tensor:
-        """The slot of the token at each position of its row."""
+        """Return the slot of the token at each position of its row."""
         return slot_of(position, self.num_sinks, self.num_recent)
 
     def positions(self, num_tokens_R1: Tensor) -> Tensor:
-        """The positions that the slots hold after so many tokens, [R, N]; -1 where nothing is held yet."""
+        """Return the position that each slot holds after a row's first tokens, [R, N]; -1 where it holds none yet."""
         slot = torch.arange(self.number, device=num_tokens_R1.device)
         newest = num_tokens_R1 - 1 - (num_tokens_R1 - 1 - slot) % self.num_recent
         position = torch.where(slot < self.num_sinks, slot, newest)
@@ -48,17 +48,20 @@ class Slots:
 
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
-    """What all layers have in common in one piece of a forward."""
+    """The part of the work on one piece of a forward that all layers share."""
 
-    held: int  # slots in use before
-    source_RN: Tensor  # which new token each slot gets, -1 for none
-    shift_RL: Tensor  # how far it is from its sinks in the text, but not in the cache
-    sink_RM: Tensor  # which keys are sinks
-    prepared: Any
+    held: int  # slots in use before the piece
+    source_RN: Tensor  # index of the new token that each slot gets, -1 for none
+    shift_RL: Tensor  # each new token's distance to its sinks in the text, less that in the cache
+    sink_RM: Tensor  # True where the key is a sink
+    prepared: Any  # the mask as the kernel prepared it
 
 
 def _pieces(length: int) -> Iterator[slice]:
-    """Powers of two, and few tokens in the end: kernels that are compiled for a length meet few lengths."""
+    """Yield pieces of a forward whose lengths are powers of two, and a short last one.
+
+    So kernels that are compiled for a length meet few lengths.
+    """
     start = 0
     while start < length:
         left = length - start
@@ -68,10 +71,11 @@ def _pieces(length: int) -> Iterator[slice]:
 
 
 class Ring(Store):
-    """The sinks and the last tokens of each row, in `slots`; padding is not kept.
+    """A store of the sinks and the last tokens of each row, in `slots`; padding is not kept.
 
-    With a `rotation`, positions are those inside the cache, as StreamingLLM has them (arXiv:2309.17453, §3.2): keys
-    stay as the text placed them, and what a query sees of sinks is turned to the distance that remains.
+    With a `rotation`, positions are those inside the cache, as in StreamingLLM (arXiv:2309.17453, §3.2). Keys are
+    stored at their positions in the text, and sinks are rotated, relative to each query, to their distance inside the
+    cache.
     """
 
     def __init__(self, slots: Slots, rotation: Rotation | None) -> None:
@@ -98,7 +102,7 @@ class Ring(Store):
         return self.keys, self.values
 
     def _attend_one(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, start: int, scaling: float) -> Tensor:
-        """Once it is stored, a token sees all that is there, in whatever order."""
+        """Store one token and return its attention to every slot in use; the order of slots does not matter."""
         slot, held = int(self._slots.of(torch.tensor(start))), min(start + 1, self._slots.number)
         keys_BKND, values_BKND = self._buffers(k_BKLD)
         keys_BKND[:, :, slot : slot + 1], values_BKND[:, :, slot : slot + 1] = k_BKLD, v_BKLD
@@ -110,7 +114,7 @@ class Ring(Store):
         return attend_few(q_BHLD, k, v, None, scaling)
 
     def _attend_piece(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, start: int, forward: Forward) -> Tensor:
-        """Each token sees its own sinks and window, among what was kept and what is new."""
+        """Return the output of a piece, in which each token sees its own sinks and window, and keep what stays."""
         piece, buffers = self._piece(q_BHLD, k_BKLD, start, forward), self._buffers(k_BKLD)
         q = q_BHLD
         k, v = (
@@ -118,8 +122,8 @@ class Ring(Store):
             for kept, new in zip(buffers, (k_BKLD, v_BKLD), strict=True)
         )
         if self._rotation is not None:
-            # A query meets sinks at another distance than recent tokens: both its rotations side by side, and in each
-            # key zeros beside the one that is not meant.
+            # A query needs one rotation for sinks and another for recent tokens. It holds both side by side, and each
+            # key has zeros in place of the half that does not apply to it.
             sink = piece.sink_RM[:, None, :, None].to(k.dtype)
             q = torch.cat((q, self._rotation(q, -piece.shift_RL)), dim=-1)
             k, v = torch.cat((k * (1 - sink), k * sink), dim=-1), F.pad(v, (0, v.shape[-1]))
@@ -169,7 +173,7 @@ class Ring(Store):
         real: tuple[Tensor, Tensor] | None,
         forward: Forward,
     ) -> Any:
-        """What the kernel makes of the pattern over these positions."""
+        """Return the pattern over these positions as the kernel prepares it. Raises InputError if the kernel can't."""
         demand = Demand(
             device_type=q_BHLD.device.type,
             dtype=q_BHLD.dtype,
@@ -188,11 +192,11 @@ class Ring(Store):
                 head_dim=demand.head_dim,
                 device=q_BHLD.device,
                 dtype=q_BHLD.dtype,
-                allowed=causal_mask_function,  # what is held lies before what is new
+                allowed=causal_mask_function,  # kept keys have lower indices than new ones
                 visible=lambda b, h, q_pos, kv_pos: (kv_pos < sinks) | (q_pos - kv_pos < recent),
                 q_offset=kv_RM.shape[1] - q_RL.shape[1],
                 positions=(q_RL.int(), kv_RM.int()),
-                # A padding query sees padding, so that no row of its softmax is empty: that is a document of its own.
+                # Padding is a document of its own: a padding query sees padding, so that no row of softmax is empty.
                 documents=real and (real[0].int(), real[1].int()),
             )
         )

@@ -1,4 +1,4 @@
-"""Rotary embeddings once more: keys and queries that are stored with their position move to another one.
+"""Rotate keys and queries that already have a rotary position to another position.
 
 Shape legend: B batch, H heads, L tokens, D head dim, R rotated dims (D, or fewer in models that rotate a part).
 """
@@ -13,14 +13,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lctrain.errors import InputError
 
-GROWING = ("dynamic", "longrope")  # their frequencies depend on how long the row is
+GROWING = ("dynamic", "longrope")  # rope types whose frequencies depend on the length of the row
 
 
 class Rotation:
-    """Turns what a model's rotary embedding has turned by some more positions; distances are all that scores know."""
+    """A function that rotates keys or queries further, by some positions, after a model's rotary embedding.
+
+    This is exact, because scores depend on distances only.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """InputError if the model's embedding can't be continued this way."""
+        """Take the frequencies of `model`; raise InputError if its embedding does not rotate halves of heads."""
         module: Any = getattr(model.get_decoder(), "rotary_emb", None)
         rotate_half = getattr(sys.modules[type(model).__module__], "rotate_half", None)
         probe = torch.arange(4.0)
@@ -30,7 +33,7 @@ class Rotation:
         self._rotate_half: Callable[[Tensor], Tensor] = rotate_half
 
     def __call__(self, x_BHLD: Tensor, by_BL: Tensor) -> Tensor:
-        """`x` at positions that are `by` [B or 1, L or 1] higher; angles are taken in fp64: a row may be long."""
+        """Return `x` at positions that are `by` [B or 1, L or 1] higher; angles are fp64 because a row may be long."""
         angles = by_BL[:, None, :, None].double() * self._module.inv_freq.to(x_BHLD.device, torch.float64)
         dtype = torch.promote_types(x_BHLD.dtype, torch.float32)
         cos, sin = (torch.cat((f(angles),) * 2, dim=-1).to(dtype) for f in (torch.cos, torch.sin))
@@ -39,7 +42,7 @@ class Rotation:
 
 
 def require_fixed_frequencies(config: PreTrainedConfig) -> None:
-    """InputError where a row's length decides its frequencies: no rotation moves what was placed by others."""
+    """Raise InputError where frequencies depend on a row's length: then no rotation moves keys of a shorter row."""
     kind = (getattr(config.get_text_config(), "rope_parameters", None) or {}).get("rope_type")
     if kind in GROWING:
         raise InputError(f"rope_type={kind} has other frequencies in longer rows; use cache.positions=text")

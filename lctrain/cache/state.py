@@ -1,4 +1,4 @@
-"""What an object holds of the rows of a batch, in whatever attributes: counted, selected and reset as one."""
+"""Count, select and reset all tensors that an object holds for the rows of a batch."""
 
 from collections.abc import Callable, Iterator
 from copy import copy
@@ -8,12 +8,13 @@ from torch import Tensor
 
 
 class State:
-    """An object whose tensors all begin with the rows of the batch, [B, …]: its attributes that are tensors, and the
-    tensors in its attributes that are lists, tuples, dicts or states.
+    """An object whose tensors all begin with the rows of the batch, [B, …].
+
+    Its tensors are the attributes that are tensors, and those in attributes that are lists, tuples, dicts or states.
     """
 
     def tensors(self) -> list[Tensor]:
-        """Return every tensor. ValueError where one does not begin with as many rows as the others."""
+        """Return every tensor. Raises ValueError where one does not begin with as many rows as the others."""
         found = list(_tensors(self))
         num_rows = {tensor.shape[0] if tensor.ndim else None for tensor in found}
         if len(num_rows) > 1 or None in num_rows:
@@ -23,13 +24,13 @@ class State:
 
     @property
     def num_rows(self) -> int | None:
-        """Rows of the batch; None where there is no tensor yet."""
+        """Return the number of rows of the batch; None where there is no tensor yet."""
         tensors = self.tensors()
         return tensors[0].shape[0] if tensors else None
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the storages of all tensors."""
+        """Return the bytes of the storages of all tensors."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors())
 
     def select(self, rows: Tensor) -> None:
@@ -38,12 +39,12 @@ class State:
             self.become(_changed(self, lambda tensor: tensor[rows.to(tensor.device)]))
 
     def twin(self) -> Self:
-        """Return another object in the same state: what happens to one leaves the other as it is."""
+        """Return a copy in the same state, independent of this object."""
         twin: Self = _changed(self, lambda tensor: tensor.clone())
         return twin
 
     def become(self, other: Self) -> None:
-        """Take the attributes of `other` in place of its own."""
+        """Replace this object's attributes by those of `other`."""
         vars(self).clear()
         vars(self).update(vars(other))
 
@@ -61,7 +62,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return `value` with every tensor changed; what holds tensors is copied, all else is shared."""
+    """Return `value` with every tensor changed; lists, tuples, dicts and states are copied, all else is shared."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, list | tuple):

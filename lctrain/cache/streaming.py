@@ -1,4 +1,4 @@
-"""Every head keeps sinks and recent tokens only."""
+"""Keep sinks and recent tokens only, in every head."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -18,10 +18,10 @@ Positions = Literal["text", "cache"]
 
 @dataclass(frozen=True, kw_only=True)
 class StreamingCache(CachePolicy):
-    """StreamingLLM (Xiao et al., arXiv:2309.17453): a row's first `num_sink_tokens` and its last `recent_size` tokens.
+    """StreamingLLM (Xiao et al., arXiv:2309.17453): a row's first `num_sink_tokens` and last `recent_size` tokens.
 
-    `positions: cache` counts positions inside the cache, as the paper; `text` leaves every token the position it has
-    in the text, as attention=streaming and DuoAttention do. The recent tokens are as far away either way.
+    `positions: cache` counts positions inside the cache, as the paper does; `text` leaves every token at its position
+    in the text, as attention=streaming and DuoAttention do. Distances to recent tokens are the same in both.
     """
 
     num_sink_tokens: int
@@ -61,7 +61,7 @@ class StreamingCache(CachePolicy):
 
 
 def check_positions(positions: str) -> None:
-    """InputError unless it is one of the two."""
+    """Raise InputError unless `positions` is text or cache."""
     if positions not in ("text", "cache"):
         raise InputError(f"cache.positions={positions} is neither text nor cache")
 
@@ -69,5 +69,5 @@ def check_positions(positions: str) -> None:
 def streaming_bytes(
     config: PreTrainedConfig, num_sink_tokens: int, recent_size: int, batch_size: int, dtype: torch.dtype
 ) -> int:
-    """Of one head, however long the row."""
+    """Return the bytes of one head of one layer, for a row of any length."""
     return (num_sink_tokens + recent_size) * bytes_per_key(config, batch_size, dtype)

@@ -1,1 +1,1 @@
-"""How attention runs: a kernel prepares a mask once per forward and attends with it in every layer."""
+"""Kernels that compute attention: each prepares a mask once per forward and attends with it in every layer."""

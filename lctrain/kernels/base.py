@@ -1,4 +1,4 @@
-"""The interface of a kernel.
+"""Define the interface of a kernel.
 
 Shape legend: B batch, H query heads, K key-value heads, L queries, S keys, D head dim.
 """
@@ -17,7 +17,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, kw_only=True)
 class Demand:
-    """What a model asks of a kernel. `dtype` is that of queries, keys and values."""
+    """The requirements of a model that a kernel must meet. `dtype` is that of queries, keys and values."""
 
     device_type: str
     dtype: torch.dtype
@@ -26,19 +26,22 @@ class Demand:
 
 
 class Kernel(ABC):
-    """`prepare` turns a mask into what this kernel runs on, once per forward; `attend` serves every layer with it."""
+    """An implementation of attention.
+
+    `prepare` converts a mask to this kernel's own form, once per forward; `attend` uses the result in every layer.
+    """
 
     @classmethod
     @abstractmethod
     def refusal(cls, demand: Demand) -> str | None:
-        """Why this kernel can't do that here, and what to install or use instead; None if it can."""
+        """Return why this kernel can't meet `demand` here, and what to install or use instead; None if it can."""
 
     @abstractmethod
     def prepare(self, mask: Mask) -> Any:
-        """What serves all layers of a forward and its backward."""
+        """Return `mask` in this kernel's own form, for all layers of a forward and its backward."""
 
     @abstractmethod
     def attend(
         self, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, prepared: Any, *, scaling: float, softcap: float | None
     ) -> Tensor:
-        """softmax(softcap(scaling · q kᵀ) + mask) v, [B, H, L, D]. Keys and values are never repeated."""
+        """Return softmax(softcap(scaling · q kᵀ) + mask) v, [B, H, L, D], without repeating keys or values."""

@@ -1,4 +1,4 @@
-"""FlexAttention's BlockMask from bounds of the mask over blocks: the L×S grid is never evaluated.
+"""Build FlexAttention's BlockMask from bounds of the mask over blocks, without evaluating the L×S grid.
 
 Shape legend: B batch, H query heads, M blocks of one side, N of the other, W entries of a list.
 """
@@ -12,17 +12,18 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from lctrain.kernels.interval import Blocks
 from lctrain.kernels.mask import Mask
 
-BLOCK = 128  # tokens: what FlexAttention's kernels load at once
-MAX_GRID = 2**27  # pairs of blocks held as two truth values, 256 MiB
-MAX_LIST_BYTES = 5 * 2**27  # of the lists of keys by query, and of queries by key for the backward: 640 MiB
-MAX_PAIRS = 2**22  # of blocks looked at at once: temporaries of a few times 16 MiB
+BLOCK = 128  # tokens that FlexAttention's kernels load at once
+MAX_GRID = 2**27  # pairs of blocks, of two truth values each: 256 MiB
+MAX_LIST_BYTES = 5 * 2**27  # for the lists of keys by query, and of queries by key for the backward: 640 MiB
+MAX_PAIRS = 2**22  # pairs of blocks bounded at once: temporaries of a few times 16 MiB
 
 
 def block_mask(mask: Mask, kv_block: int = BLOCK) -> BlockMask:
-    """Blocks that `mask` leaves empty are skipped, those it fills are computed without asking it.
+    """Build the BlockMask of `mask`: empty blocks are skipped, and full blocks computed without the mask function.
 
-    Takes (L / 128) · (S / 128) bounds. Blocks of queries grow where that would be too many or the lists too long (1M
-    tokens and heads that differ). A mask that is more than arithmetic is evaluated pair by pair, compiled.
+    This takes (L / 128) · (S / 128) bounds. Blocks of queries are made larger where that would be too many, or the
+    lists too long (1M tokens and heads that differ). A mask that is made of more than arithmetic has no bounds: a
+    compiled function evaluates it pair by pair.
     """
     mask = mask.padded(BLOCK)
     sizes = (BLOCK, kv_block)
@@ -60,13 +61,13 @@ def _has_bounds(mask: Mask, sizes: tuple[int, int]) -> bool:
 
 
 def _grid(mask: Mask, sizes: tuple[int, int]) -> Tensor:
-    """Which blocks are partial, and which full: [2, B, H, M, N] of queries by keys."""
+    """Return which blocks are partial, then which are full: [2, B, H, M, N], queries by keys."""
     q, kv = (_blocks(mask, sizes, axis) for axis in (-2, -1))
     grid = torch.empty(2, *_shape(mask, sizes), dtype=torch.bool, device=mask.device)
     for rows in q.numbers.split(_at_once(grid[0, :, :, 0].numel())):
         surely, possibly = mask.bound(_blocks(mask, sizes, -2, rows), kv)
         grid[0, :, :, rows], grid[1, :, :, rows] = possibly & ~surely, surely
-    if mask.documents is not None:  # every part of a block meets every other: nine bounds each
+    if mask.documents is not None:  # bound_parts bounds every part of one block with every part of the other: nine
         for rows in q.mixed(mask.documents[0]).split(_at_once(9 * grid[0, :, :, 0].numel())):
             grid[0, :, :, rows] &= mask.bound_parts(_blocks(mask, sizes, -2, rows), kv)
         for columns in kv.mixed(mask.documents[1]).split(_at_once(9 * grid[0, :, :, :, 0].numel())):
@@ -79,32 +80,38 @@ def _at_once(pairs_each: int) -> int:
 
 
 def _counts(grid: Tensor) -> Tensor:
-    """How many blocks each row [2, B, H, M, N] has; in parts, because torch sums truth values as integers."""
+    """Return how many blocks each row of `grid` [2, B, H, M, N] has.
+
+    The sum is taken in parts, because torch converts truth values to integers first.
+    """
     rows = grid.split(_at_once(grid[..., 0, :].numel()), dim=-2)
     return torch.cat([part.sum(-1, dtype=torch.int32) for part in rows], dim=-1)
 
 
 def _list_bytes(grid: Tensor) -> int:
-    """Of all lists, each as wide as the longest."""
+    """Return the bytes of all lists, each as wide as the longest."""
     return sum(4 * counts.numel() * int(counts.amax()) for counts in (_counts(grid), _counts(grid.mT)))
 
 
 def _lists(grid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For each block of a row [2, B, H, M, N]: number and list of the partial ones, then of the full ones."""
+    """Return, for each row of `grid` [2, B, H, M, N], the number and list of its partial blocks, then of its full ones.
+
+    Numbers are [B, H, M], lists [B, H, M, W].
+    """
     counts = _counts(grid)
-    # One width for both, which FlexAttention takes for granted; two at least, or torch compiles anew for lists of one.
+    # FlexAttention assumes one width for both lists. It is at least 2, because torch compiles anew for lists of one.
     width = min(max(2, int(counts.amax())), grid.shape[-1])
     lists = counts.new_zeros(*counts.shape, width)
     for rows in torch.arange(grid.shape[-2], device=grid.device).split(_at_once(grid[..., 0, :].numel())):
         lists[..., rows, :] = _places(grid[..., rows, :], width)
     partial, full = lists
-    for table in (partial, full):  # how many entries a batch's documents need must not compile anything anew
+    for table in (partial, full):  # the width depends on a batch's documents, and must not make torch compile anew
         torch._dynamo.maybe_mark_dynamic(table, 3)
     return counts[0], partial, counts[1], full
 
 
 def _places(kind: Tensor, width: int) -> Tensor:
-    """Where each row is True, in order, [..., W]; the rest is 0."""
+    """Return the indices at which each row is True, in order, [..., W]; the rest is 0."""
     slots = torch.where(kind, kind.cumsum(-1) - 1, width)
     places = torch.arange(kind.shape[-1], dtype=torch.int32, device=kind.device).expand(kind.shape)
     table = places.new_zeros(*kind.shape[:-1], width + 1)

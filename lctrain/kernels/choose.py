@@ -1,4 +1,4 @@
-"""The one place where a kernel is chosen."""
+"""Choose the kernel of a run; no other module does."""
 
 from lctrain.errors import InputError
 from lctrain.kernels.base import Demand, Kernel
@@ -22,9 +22,9 @@ KERNELS: dict[str, type[Kernel]] = {  # the fastest first, as measured in docs/r
 
 
 def choose(name: str, demand: Demand) -> tuple[str, Kernel]:
-    """The kernel called `name`; `auto` takes the first that can do what is demanded.
+    """Return the name and an instance of the kernel `name`; `auto` takes the first that meets `demand`.
 
-    Raises InputError for a choice that can't run, instead of running something else.
+    Raises InputError for a choice that can't run, and never runs another kernel in its place.
     """
     if name == "auto":
         name = next(name for name, kernel in KERNELS.items() if kernel.refusal(demand) is None)

@@ -1,4 +1,4 @@
-"""A sparse table that a pattern looks up: for each head and row a few columns.
+"""Define a sparse table that a pattern looks up: a few columns for each head and row.
 
 Shape legend: H heads, M rows, R columns of a row.
 """
@@ -10,21 +10,21 @@ from torch import Tensor
 
 from lctrain.kernels.interval import Interval
 
-MAX_ROWS = 8  # of an interval that are looked at one by one; of longer ones nothing is known
+MAX_ROWS = 8  # rows of an interval that are checked one by one; where there are more, any entry may be true
 
 
 class Columns:
     """A boolean table [H, M, any number], given by the columns of its true entries, [H, M, R]; -1 is none.
 
-    It is looked up at positions, which give truth values, or at intervals of positions, which give bounds of them. Rows
-    and heads beyond the last are read as the last.
+    A look-up at positions gives truth values, one at intervals of positions gives their bounds. A row beyond the last
+    is read as the last.
     """
 
     def __init__(self, columns_HMR: Tensor) -> None:
         self.columns_HMR = columns_HMR
 
     def hold(self, head: Any, row: Any, column: Any) -> Any:
-        """Return whether `column` is one of those of `row`, for tensors that broadcast or for intervals."""
+        """Return whether `column` is one of the columns of `row`, for tensors that broadcast or for intervals."""
         if isinstance(row, Interval) or isinstance(column, Interval):
             return self._bounds(head, Interval.of(row), Interval.of(column))
         num_rows = self.columns_HMR.shape[1]

@@ -1,6 +1,6 @@
-"""cuDNN's fused attention for plain causal rows; all else as `varlen`.
+"""Run cuDNN's fused attention on plain causal rows, and the kernel `varlen` on all else.
 
-Its causal mask begins at the first key: a chunk of queries after other keys takes torch's flash attention.
+cuDNN's causal mask begins at the first key, so a chunk of queries after other keys takes torch's flash attention.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from lctrain.kernels.varlen import VarlenKernel
 
 
 class CudnnKernel(VarlenKernel):
-    """The fastest of what torch brings along, mask by mask."""
+    """A kernel that runs, for each mask, the fastest attention that torch ships."""
 
     head_dims: ClassVar[Sequence[int]] = range(8, 129, 8)
 

@@ -1,4 +1,4 @@
-"""FlashAttention-4 on Hopper, by the package flash-attn-4; masks that are not local by FlexAttention, backend FLASH.
+"""Run FlashAttention-4 on Hopper (package flash-attn-4), and FlexAttention's backend FLASH on masks that are not local.
 
 Shape legend: B batch, H query heads, K key-value heads, L queries, S keys, D head dim, T = B·L tokens.
 """
@@ -19,7 +19,7 @@ REINSTALL = "pip install --force-reinstall --no-deps 'flash-attn-4==4.0.0b36'"
 
 
 class FlashKernel(LocalKernel):
-    """The fastest attention on Hopper; needs the package flash-attn-4."""
+    """FlashAttention-4, the fastest attention on Hopper; needs the package flash-attn-4."""
 
     backend: ClassVar[str] = "FLASH"
     head_dims: ClassVar[Sequence[int]] = (64, 96, 128, 256)  # output and gradients were compared with the reference
@@ -52,15 +52,15 @@ class FlashKernel(LocalKernel):
         return out_THD[None], lse_HT[None]
 
     def kv_block(self, head_dim: int) -> int:
-        """What the kernel loads at once, which a block must equal."""
+        """Return the number of keys that the kernel loads at once, which the block size must equal."""
         return BLOCK if head_dim <= 128 else 64
 
 
 def has_flash_attn_4() -> bool | None:
-    """Return whether the files of flash-attn-4 are its own, None if it is not installed.
+    """Return whether flash-attn-4's own files are in place, None if it is not installed.
 
-    flash-attn 2.8 brings an older `flash_attn/cute`: a module of that name says nothing, and of two packages that are
-    both installed the later one wrote the files.
+    flash-attn 2.8 ships an older `flash_attn/cute`, so a module of that name proves nothing; where both packages are
+    installed, the later one has overwritten the files.
     """
     try:
         files = [file for file in distribution("flash-attn-4").files or [] if file.name == "interface.py"]

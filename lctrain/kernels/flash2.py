@@ -1,4 +1,4 @@
-"""FlashAttention-2 of the package flash-attn 2.8, from Ampere on.
+"""Run FlashAttention-2 from the package flash-attn 2.8, on Ampere or later.
 
 Shape legend: B batch, H query heads, K key-value heads, L queries, S keys, D head dim, T = B·L tokens.
 """
@@ -17,7 +17,7 @@ INSTALL = "pip install --no-build-isolation 'lctrain[flash-attn]'"
 
 
 class Flash2Kernel(LocalKernel):
-    """What torch ships too (`varlen`), as its authors release it; needs the package flash-attn."""
+    """FlashAttention-2 as its authors release it (`varlen` is torch's copy); needs the package flash-attn."""
 
     head_dims: ClassVar[Sequence[int]] = range(8, 257, 8)
 
@@ -33,7 +33,7 @@ class Flash2Kernel(LocalKernel):
         from flash_attn import flash_attn_func, flash_attn_varlen_func
 
         window = (-1 if part.window is None else part.window - 1, 0)
-        # Without dropout the probabilities are empty: of what it returns then, only the log-sum-exp is there.
+        # return_attn_probs gives the log-sum-exp too, and empty probabilities where there is no dropout.
         options: dict[str, Any] = {
             "softmax_scale": scaling, "causal": True, "window_size": window, "return_attn_probs": True
         }  # fmt: skip
@@ -48,9 +48,9 @@ class Flash2Kernel(LocalKernel):
 
 
 def installed_version() -> str | None:
-    """Return the version of the distribution flash-attn, None if it or its compiled part is not there.
+    """Return the version of the distribution flash-attn, None if it or its compiled part is missing.
 
-    flash-attn-4 owns the folder `flash_attn` too: a module of that name says nothing.
+    flash-attn-4 installs a folder `flash_attn` too, so a module of that name proves nothing.
     """
     try:
         return version("flash-attn") if find_spec("flash_attn_2_cuda") else None

@@ -1,4 +1,4 @@
-"""FlexAttention: the mask function compiled into a block-sparse kernel (CUDA)."""
+"""Run FlexAttention, which compiles the mask function into a block-sparse kernel (CUDA)."""
 
 from functools import cache
 from typing import Any, ClassVar
@@ -13,12 +13,12 @@ from lctrain.kernels.few_queries import FEW, FewQueries, attend_few
 from lctrain.kernels.mask import Mask
 from lctrain.kernels.reference import ReferenceKernel
 
-RECOMPILE_LIMIT = 64  # shapes a process may meet: a curriculum's lengths, evaluation's, decoding
+RECOMPILE_LIMIT = 64  # shapes in one process: the lengths of a curriculum, of evaluation and of decoding
 
 
 @cache
 def _compiled(backend: str, softcap: float | None) -> Any:
-    """One compiled function each; shapes are static because a curriculum has few of them."""
+    """Return FlexAttention compiled for `backend` and `softcap`, with static shapes: a curriculum has few of them."""
 
     def cap(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         assert softcap is not None
@@ -31,13 +31,13 @@ def _compiled(backend: str, softcap: float | None) -> Any:
             q, k, v, score_mod=score_mod, block_mask=mask, scale=scaling, enable_gqa=True, kernel_options=options
         )
 
-    # Past its limit of recompilations torch falls back to eager, which holds all scores: fullgraph makes that an error.
+    # After too many recompilations torch would run eagerly, which holds all scores; fullgraph makes that an error.
     compiled = torch.compile(run, dynamic=False, fullgraph=True)
     return torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT)(compiled)
 
 
 class FlexKernel(Kernel):
-    """Skips the blocks that the mask empties. `backend` is FlexAttention's own name for what computes the rest."""
+    """A kernel that skips the blocks which the mask leaves empty. `backend` is FlexAttention's name for its code."""
 
     backend: ClassVar[str] = "TRITON"
 
@@ -61,5 +61,5 @@ class FlexKernel(Kernel):
         return out
 
     def kv_block(self, head_dim: int) -> int:
-        """Keys of a block."""
+        """Return the number of keys in a block."""
         return BLOCK

@@ -1,4 +1,4 @@
-"""Frozen linear layers in 8-bit floating point. Shape legend: N tokens, I in, O out."""
+"""Run frozen linear layers in 8-bit floating point. Shape legend: N tokens, I inputs, O outputs."""
 
 from functools import cache
 from typing import Any
@@ -11,23 +11,23 @@ from lctrain.errors import InputError
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
-MULTIPLE = 16  # of both sides of a matrix: what the tensor cores take
+MULTIPLE = 16  # tensor cores need both sides of a matrix to be multiples of this
 
 
 def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x = values · scale with one scale a row, so that a row's largest magnitude is what fp8 holds at most."""
+    """Return (values, scales) with x = values · scale and one scale per row, which maps its largest |x| to 448."""
     scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / LARGEST
     return (x.float() / scale).to(FP8), scale
 
 
 @cache
 def _compiled() -> Any:
-    return torch.compile(_quantize, dynamic=True, fullgraph=True)  # one pass over memory instead of five
+    return torch.compile(_quantize, dynamic=True, fullgraph=True)  # reads memory once instead of five times
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(values in fp8, fp32 scales [N, 1]) of the rows of `x`."""
-    x = x.detach()  # not a view any more: torch.compile compiles anew for each shape that is viewed
+    """Return the rows of `x` as fp8 values and fp32 scales [N, 1]."""
+    x = x.detach()  # drops the base of a view: torch.compile would compile anew for each shape of it
     quantized: tuple[Tensor, Tensor] = (_compiled() if x.is_cuda else _quantize)(x)
     return quantized
 
@@ -46,17 +46,17 @@ class _Multiply(torch.autograd.Function):
 
 
 def _rows(x: Tensor, matrix: Tensor, scales: Tensor) -> Tensor:
-    """x · matrixᵀ in bf16, accumulated in fp32."""
+    """Return x · matrixᵀ in bf16, accumulated in fp32."""
     values, x_scales = quantize(x)
     by_row = ScalingType.RowWise
     return scaled_mm(values, matrix.contiguous().T, x_scales, by_row, scales.T, by_row, use_fast_accum=True)
 
 
 class FP8Linear(nn.Module):
-    """A linear layer that does not train, by E4M3 products (Micikevicius et al., arXiv:2209.05433).
+    """A linear layer that does not train and multiplies in E4M3 (Micikevicius et al., arXiv:2209.05433).
 
-    Weights have a scale for each output going forward and one for each input going back, so they are stored twice:
-    the bytes of bf16. Activations and gradients are scaled by row as they come.
+    The forward needs weights with one scale per output, the backward with one per input. So they are stored twice,
+    which takes the bytes of bf16. Activations and gradients are scaled by row when they arrive.
     """
 
     rows: Tensor
@@ -78,17 +78,17 @@ class FP8Linear(nn.Module):
             self.register_buffer(f"{name}_scales", scales, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x Wᵀ + bias in bf16; x is [..., I]."""
+        """Return x Wᵀ + bias in bf16; x is [..., I]."""
         return self.part(x, slice(None), slice(None))
 
     def part(self, x: Tensor, outputs: slice, inputs: slice) -> Tensor:
-        """These outputs of the layer, or what these inputs add to it; the first of them bring the bias."""
+        """Return some outputs of the layer, or what some inputs add to all of them; the first inputs add the bias."""
         y: Tensor = _Multiply.apply(x.flatten(0, -2), self, outputs, inputs)  # type: ignore[no-untyped-call]
         y = y if self.bias is None or inputs.start else y + self.bias[outputs].to(y.dtype)
         return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
 
 
 def check(device: torch.device) -> None:
-    """InputError where there are no fp8 tensor cores."""
+    """Raise InputError where `device` has no fp8 tensor cores that scale by row."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         raise InputError("precision=fp8 needs a card with fp8 tensor cores that scale by row: Hopper or later")

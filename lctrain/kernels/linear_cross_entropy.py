@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head, tile by tile: the full logits never exist.
+"""Compute the cross-entropy of a linear head tile by tile, without ever holding all logits.
 
 Shape legend: N tokens, D hidden, V vocabulary.
 """
@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_LOGITS = 2**26  # held at once: 2**26 * 4 bytes = 256 MiB in fp32, whatever the length and the vocabulary
+MAX_LOGITS = 2**26  # held at once, for any length and vocabulary: 2**26 * 4 bytes = 256 MiB in fp32
 
 
 class _TiledLinearCrossEntropy(torch.autograd.Function):
-    """The gradients of a sum are known up to one scalar, so forward computes them while a tile's logits are there."""
+    """The summed loss. Its gradients are known up to one scalar, so forward computes them while it holds a tile."""
 
     @staticmethod
     def forward(
@@ -56,7 +56,7 @@ class _TiledLinearCrossEntropy(torch.autograd.Function):
 
 
 def cap(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """softcap · tanh(logits / softcap), and its slope."""
+    """Return softcap · tanh(logits / softcap) and its slope; without a softcap, the logits and None."""
     if softcap is None:
         return logits, None
     tanh = torch.tanh(logits / softcap)
@@ -66,11 +66,11 @@ def cap(logits: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
 def linear_cross_entropy(
     hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor, *, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(sum over tokens, each token's own without gradient) of -log softmax(softcap(hidden · weightᵀ + bias))[label].
+    """Return -log softmax(softcap(hidden · weightᵀ + bias))[label], summed, and for each token without gradient.
 
     Labels must be valid ids: drop ignored tokens first. Computes in fp32, or fp64 for fp64 inputs.
     """
-    if not torch.is_grad_enabled():  # which needs_input_grad does not know: spare the gradients
+    if not torch.is_grad_enabled():  # needs_input_grad ignores this mode: detaching saves computing the gradients
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
         bias_V = None if bias_V is None else bias_V.detach()
     losses: tuple[Tensor, Tensor] = _TiledLinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N, softcap)  # type: ignore[no-untyped-call]

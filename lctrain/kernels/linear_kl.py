@@ -1,4 +1,4 @@
-"""Divergence of two models' next-token distributions under one linear head, tile by tile: logits never exist whole.
+"""Compute the KL divergence of two models' predictions under one linear head tile by tile, without holding all logits.
 
 Shape legend: N tokens, D hidden, V vocabulary.
 """
@@ -13,7 +13,7 @@ from lctrain.kernels.linear_cross_entropy import MAX_LOGITS, cap
 
 
 class _TiledLinearKL(torch.autograd.Function):
-    """The gradient of a sum is known up to one scalar, so forward computes it while a tile's logits are there."""
+    """The summed divergence. Its gradient is known up to one scalar, so forward computes it while it holds a tile."""
 
     @staticmethod
     def forward(
@@ -27,7 +27,7 @@ class _TiledLinearKL(torch.autograd.Function):
         dtype = torch.promote_types(student_ND.dtype, torch.float32)
         total = torch.zeros((), dtype=dtype, device=student_ND.device)
         d_student_ND = torch.zeros_like(student_ND)
-        tile = max(1, MAX_LOGITS // (2 * weight_VD.shape[0]))  # logits of both
+        tile = max(1, MAX_LOGITS // (2 * weight_VD.shape[0]))  # halved: logits of student and teacher are held
         for start in range(0, student_ND.shape[0], tile):
             rows = slice(start, start + tile)
             logits, slope = cap(F.linear(student_ND[rows], weight_VD, bias_V).to(dtype), softcap)
@@ -50,9 +50,9 @@ class _TiledLinearKL(torch.autograd.Function):
 def linear_kl(
     student_ND: Tensor, teacher_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *, softcap: float | None = None
 ) -> Tensor:
-    """Sum over tokens of KL(teacher ‖ student), each softmax(softcap(hidden · weightᵀ + bias)), in nats.
+    """Return the sum over tokens of KL(teacher ‖ student) in nats, each softmax(softcap(hidden · weightᵀ + bias)).
 
-    The gradient is the student's alone: teacher and head must be frozen. Computes in fp32, or fp64 for fp64 inputs.
+    Only the student gets a gradient: teacher and head must be frozen. Computes in fp32, or fp64 for fp64 inputs.
     """
     total: Tensor = _TiledLinearKL.apply(student_ND, teacher_ND, weight_VD, bias_V, softcap)  # type: ignore[no-untyped-call]
     return total

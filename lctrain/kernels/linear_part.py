@@ -1,4 +1,4 @@
-"""A part of a linear layer. Shape legend: N tokens, I inputs, O outputs."""
+"""Compute a part of a linear layer. Shape legend: I inputs."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ ALL = slice(None)
 
 
 def linear_part(linear: Any, x: Tensor, *, outputs: slice = ALL, inputs: slice = ALL) -> Tensor:
-    """Some outputs of `linear`, or what some inputs add to all of them; the first inputs bring the bias. x is [..., I].
+    """Return some outputs of `linear`, or what some inputs add to all of them; the first inputs add the bias.
 
-    A layer that is more than weight and bias has its own `part(x, outputs, inputs)`.
+    x is [..., I]. A layer that is more than weight and bias has its own `part(x, outputs, inputs)`, which is called.
     """
     if hasattr(linear, "part"):
         return linear.part(x, outputs, inputs)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""What fused kernels share: windows, groups, packed documents and sinks by calls of one function, without a mask.
+"""Compute windows, groups, packed documents and sinks by calls of one fused function, without a mask.
 
 Shape legend: B batch, H query heads, K key-value heads, L queries, S keys, D head dim, T = B·L tokens.
 """
@@ -22,20 +22,20 @@ from lctrain.kernels.together import together
 
 
 class Alike(NamedTuple):
-    """Neighbouring heads that are local alike. `cu_seqlens` are where groups and documents begin, of T tokens."""
+    """Neighbouring heads with the same `Local`, which one call computes."""
 
     num_heads: int
     num_key_value_heads: int
     window: int | None
-    cu_seqlens: Tensor | None  # None where rows are whole
+    cu_seqlens: Tensor | None  # index among T tokens at which each group or document begins; None: rows are undivided
     max_length: int  # of a group or document
-    sinks: Sinks | None  # what a document's queries see beyond their window
+    sinks: Sinks | None  # keys that a document's queries see beside their window
 
 
 class LocalKernel(FlexKernel):
-    """A kernel that computes all that `Local` describes by `fused`, and any other mask by FlexAttention."""
+    """A kernel that computes what `Local` describes by `fused`, and any other mask by FlexAttention."""
 
-    head_dims: ClassVar[Sequence[int]]  # whose output and gradients are right
+    head_dims: ClassVar[Sequence[int]]  # head dimensions that give right outputs and gradients
 
     @classmethod
     @abstractmethod
@@ -48,8 +48,8 @@ class LocalKernel(FlexKernel):
     ) -> tuple[Tensor, Tensor]:
         """Return the causal output [B, L, H, D] inside the window and each query's natural log-sum-exp [B, H, L].
 
-        The last query meets the last key. B is 1 where `part.cu_seqlens` divides the tokens. The backward reads both
-        results where they lie: sinks are added to them in place (`sinks.py`).
+        The last query is aligned with the last key. B is 1 where `part.cu_seqlens` divides the tokens. The backward
+        must read both results from the tensors returned here, because sinks are added to them in place (`sinks.py`).
         """
 
     @classmethod
@@ -75,12 +75,12 @@ class LocalKernel(FlexKernel):
     ) -> Tensor:
         if not isinstance(prepared, list):
             return super().attend(q_BHLD, k_BKSD, v_BKSD, prepared, scaling=scaling, softcap=softcap)
-        if len(prepared) == 1:  # which may stand for heads of any number
+        if len(prepared) == 1:  # all heads, whatever its num_heads: a mask lists heads that are all alike once
             return self._attend(prepared[0], scaling, *(x.transpose(1, 2) for x in (q_BHLD, k_BKSD, v_BKSD)))
         heads, kv_heads = ([part.num_heads for part in prepared], [part.num_key_value_heads for part in prepared])
 
         def calls(*qkv: Tensor) -> list[Tensor]:
-            # Split by token: so their gradients are laid out, and joined as they are.
+            # Split in token layout: the gradients then have this layout, and are joined without another copy.
             split = (x.transpose(1, 2).split(n, 2) for x, n in zip(qkv, (heads, kv_heads, kv_heads), strict=True))
             return [self._attend(part, scaling, *own) for part, *own in zip(prepared, *split, strict=True)]
 
@@ -89,7 +89,7 @@ class LocalKernel(FlexKernel):
     def _attend(self, part: Alike, scaling: float, q_BLHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:
         """Return the output [B, H, L, D] of one part."""
         rows = q_BLHD.shape[:2]
-        if part.cu_seqlens is not None:  # of all rows, as of one
+        if part.cu_seqlens is not None:  # it counts the tokens of all rows, joined into one
             q_BLHD, k_BSKD, v_BSKD = (x.flatten(0, 1)[None] for x in (q_BLHD, k_BSKD, v_BSKD))
         fused = partial(self.fused, part, scaling)
         if part.sinks is None:
@@ -107,12 +107,13 @@ def _described(head_dims: Sequence[int]) -> str:
 
 
 def alike(mask: Mask, local: tuple[Local, ...]) -> list[Alike] | None:
-    """Return the heads of `mask` in parts that one call computes each; None where only a mask tells what they see.
+    """Return the heads of `mask` as parts that one call computes each; None where `fused` can't compute them.
 
-    That is: where heads that share a key-value head differ, for groups and sinks with some of their queries elsewhere,
-    and for sinks that no program holds, that reach out of the window, or of documents that begin elsewhere.
+    It can't where heads that share a key-value head differ, or where there are groups or sinks and not every token is
+    a query. Nor can it compute sinks that no program has room for, that are more than the window, or of documents
+    that don't begin at position 0.
     """
-    # A window that covers the row has no need of sinks.
+    # A window that covers the row needs no sinks.
     local = tuple(Local() if one.is_causal(mask.kv_length) else one for one in local)
     shared = mask.num_key_value_groups
     by_kv_head = [local[i : i + shared] for i in range(0, len(local), shared)]
@@ -124,7 +125,7 @@ def alike(mask: Mask, local: tuple[Local, ...]) -> list[Alike] | None:
     for (own, *_), same in groupby(by_kv_head):
         num, cu_seqlens, sinks = len(list(same)), _cu_seqlens(mask, own), None
         length = mask.kv_length if own.group is None else min(own.group, mask.kv_length)
-        # Of the row, whatever its documents: a batch of short ones compiles no other kernel.
+        # Compared with the row, not with its documents: a batch of short documents must not compile another kernel.
         window = own.window if own.window is not None and own.window < length else None
         if own.num_sinks and window is not None:
             held = own.num_sinks <= window and fits(own.num_sinks, mask.head_dim, mask.device)
@@ -138,7 +139,7 @@ def alike(mask: Mask, local: tuple[Local, ...]) -> list[Alike] | None:
 
 
 def _begin_at_zero(mask: Mask, cu_seqlens: Tensor | None) -> bool:
-    """Return whether the first tokens of a document are those of the first positions."""
+    """Return whether the first token of every document has position 0."""
     if mask.positions is None:
         return True
     positions_BL = mask.positions[0].expand(mask.num_rows, -1)
@@ -147,14 +148,14 @@ def _begin_at_zero(mask: Mask, cu_seqlens: Tensor | None) -> bool:
 
 
 def _cu_seqlens(mask: Mask, local: Local) -> Tensor | None:
-    """Return the index of each group's or document's first token among those of all rows, and their number at the end.
+    """Return the index of each group's or document's first token among the tokens of all rows, then their total.
 
-    None where neither divides the rows.
+    None where neither groups nor documents divide the rows.
     """
     if mask.documents is None and local.group is None:
         return None
     index = torch.arange(mask.q_length, device=mask.device)[None]
-    begins = index == 0  # a row
+    begins = index == 0  # where a row begins
     if mask.documents is not None:
         begins = begins | F.pad(mask.documents[0].diff(dim=1) != 0, (1, 0), value=True)
     if local.group is not None:

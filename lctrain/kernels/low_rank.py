@@ -1,4 +1,4 @@
-"""A low-rank term added to a linear layer's output, in place. Shape legend: N tokens, I in, O out, R rank."""
+"""Add a low-rank term to a linear layer's output, in place. Shape legend: N tokens, I inputs, O outputs, R rank."""
 
 from typing import Any
 
@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 class _AddLowRank(torch.autograd.Function):
-    """Computes in the output's dtype: what trains is fp32, and casting N·I activations to it would cost more than R."""
+    """The addition, computed in the output's dtype.
+
+    Casting the fp32 matrices that train costs less than casting N·I activations to fp32.
+    """
 
     @staticmethod
     def forward(ctx: Any, y_NO: Tensor, x_NI: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
@@ -29,6 +32,6 @@ class _AddLowRank(torch.autograd.Function):
 
 
 def add_low_rank(y_NO: Tensor, x_NI: Tensor, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
-    """y + scaling · x aᵀ bᵀ, written into y."""
+    """Return y + scaling · x aᵀ bᵀ, written into y."""
     out: Tensor = _AddLowRank.apply(y_NO, x_NI, a_RI, b_OR, scaling)  # type: ignore[no-untyped-call]
     return out

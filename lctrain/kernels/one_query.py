@@ -1,8 +1,9 @@
-"""Attention of one new token: it is stored among the keys kept so far, and sees them all.
+"""Store one new token among the keys and values kept so far, and attend from it to all of them.
 
-The number of tokens before it is read on the device, so that a captured step serves every token.
+The number of tokens before it is read on the device, so that one captured step runs for every token.
 
-Shape legend: B batch, H query heads, K key-value heads, P of those that a buffer keeps, N its slots, D head dim.
+Shape legend: B batch, H query heads, K key-value heads, P key-value heads of a buffer, G query heads of a key-value
+head, L = 1 token, N slots of a buffer, D head dim.
 """
 
 from collections.abc import Sequence
@@ -15,21 +16,21 @@ from lctrain.kernels.few_queries import attend_few
 
 
 class Buffer(NamedTuple):
-    """Keys and values [B, P, N, D]. The first `num_sinks` tokens stay in their slots, all others take turns."""
+    """Keys and values [B, P, N, D]. The first `num_sinks` tokens stay in their slots, later ones replace the oldest."""
 
     keys: Tensor
     values: Tensor
     num_sinks: int
-    heads: Tensor | None = None  # which they are of [P]; None: all
+    heads: Tensor | None = None  # [P], the key-value heads that the buffer keeps; None: all
 
     @property
     def num_turns(self) -> int:
-        """Slots behind the sinks'."""
+        """Return the number of slots that are not for sinks."""
         return self.keys.shape[2] - self.num_sinks
 
 
 def slot_of(position: Tensor, num_sinks: int, num_turns: int) -> Tensor:
-    """Where the token at each position of its row is kept."""
+    """Return the slot in which the token at each position of its row is kept."""
     return torch.minimum(position, num_sinks + (position - num_sinks) % num_turns)
 
 
@@ -42,7 +43,7 @@ def attend_one(
     out_BHLD: Tensor,
     scaling: float,
 ) -> None:
-    """Store one token (L = 1), and write what its queries see into `out`, at the buffers' heads only."""
+    """Store one token, and write its attention into `out`, at the query heads of the buffers only."""
     if q_BHLD.is_cuda:
         from lctrain.kernels.split_keys import launch  # needs triton
 
@@ -60,7 +61,7 @@ def reference(
     out_BHLD: Tensor,
     scaling: float,
 ) -> None:
-    """The same by torch's own operations."""
+    """Compute `attend_one` by torch's own operations."""
     for buffer in buffers:
         heads = torch.arange(k_BKLD.shape[1], device=k_BKLD.device) if buffer.heads is None else buffer.heads
         k, v = (x.index_select(1, heads) for x in (k_BKLD, v_BKLD))
@@ -69,7 +70,7 @@ def reference(
         buffer.keys.index_copy_(2, slot_1, k)
         buffer.values.index_copy_(2, slot_1, v)
         seen_N = torch.arange(buffer.keys.shape[2], device=k.device) <= before_1
-        # Slots that hold nothing yet may hold anything, NaN too.
+        # Slots that no token was stored in yet may contain any number, even NaN.
         k, v = (kept.where(seen_N[:, None], 0) for kept in (buffer.keys, buffer.values))
         out = attend_few(q_BPGLD.flatten(1, 2), k, v, seen_N[None, None, None], scaling)
         out_BHLD.unflatten(1, (k_BKLD.shape[1], -1)).index_copy_(1, heads, out.view(q_BPGLD.shape))

@@ -1,4 +1,4 @@
-"""The definition of attention, materialised: what every other kernel is compared with."""
+"""Compute attention by its definition, with all scores in memory; every other kernel is compared with this one."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from lctrain.kernels.mask import Mask
 
 
 class ReferenceKernel(Kernel):
-    """Scores and softmax in fp32, or fp64 for fp64 inputs; memory grows with L·S."""
+    """A kernel with scores and softmax in fp32, or fp64 for fp64 inputs; its memory grows with L·S."""
 
     @classmethod
     def refusal(cls, demand: Demand) -> str | None:
@@ -29,7 +29,7 @@ class ReferenceKernel(Kernel):
         scaling: float,
         softcap: float | None,
     ) -> Tensor:
-        """As every kernel; `prepared` of None hides nothing."""
+        """Return the output [B, H, L, D], as every kernel does; with `prepared` None, every query sees every key."""
         dtype = torch.promote_types(q_BHLD.dtype, torch.float32)
         groups = k_BKSD.shape[1]
         q_BKGLD = q_BHLD.to(dtype).unflatten(1, (groups, -1))

@@ -1,4 +1,4 @@
-"""torch's scaled_dot_product_attention, run only where the mask has something to see."""
+"""Run torch's scaled_dot_product_attention on the keys that the mask leaves visible."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -12,7 +12,7 @@ from lctrain.kernels.base import Demand, Kernel
 from lctrain.kernels.few_queries import attend_few
 from lctrain.kernels.mask import Mask
 
-# Tiles of 512 queries skip most of what a pattern hides and still keep a CPU's cores busy.
+# Tiles of 512 queries skip most keys that a pattern hides, and still occupy all cores of a CPU.
 TILE = 512
 
 
@@ -27,9 +27,10 @@ class Tile(NamedTuple):
 
 
 class SDPAKernel(Kernel):
-    """Plain causal attention is one call. A pattern is cut into query tiles, each attending to the hull of its keys.
+    """A kernel that computes plain causal attention in one call, and a pattern in tiles of queries.
 
-    The tiles make a window or a group cost what it sees, also where the backend knows no sparsity (CPU).
+    A tile attends to all keys from the first to the last that its queries see. So a window or a group costs only the
+    keys it sees, even where the backend has no sparsity (CPU).
     """
 
     @classmethod
@@ -77,7 +78,7 @@ class SDPAKernel(Kernel):
 
 
 def _head_runs(mask: Tensor, groups: int) -> Iterator[tuple[slice, slice]]:
-    """(query heads, key-value heads) of each run of neighbouring key-value heads with the same hull."""
+    """Yield (query heads, key-value heads) of each run of neighbouring key-value heads that see the same `_hull`."""
     if mask.shape[1] == 1:
         yield slice(None), slice(None)
         return
@@ -89,6 +90,6 @@ def _head_runs(mask: Tensor, groups: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _hull(mask: Tensor) -> tuple[int, int]:
-    """The first and one past the last key that any query sees."""
+    """Return the first key that any query sees, and one past the last."""
     seen = mask.flatten(0, 2).any(0).nonzero()
     return int(seen[0]), int(seen[-1]) + 1

@@ -1,9 +1,10 @@
-"""Sinks beside a window: the window is one call of a fused kernel, and the first keys of a document are added to it.
+"""Add the sinks, which are the first keys of a document, to a window that one call of a fused kernel computes.
 
 With l = log Σ exp(s) over a query's window and l' over its window and its sinks, the output is
-exp(l − l') · (the window's) + Σ exp(s − l') v over the sinks. The window's backward computes its weights exp(s − l) and
-the products of output and gradient from what its forward saved: with the merged output and l' written over those, it
-gives the gradients that its own keys have in the whole, and the sinks' are added to them.
+exp(l − l') · (output of the window) + Σ exp(s − l') v over the sinks. The window's backward computes its weights
+exp(s − l) and the products of output and gradient from the output and l that its forward saved. The merged output and
+l' are written over those, so that this backward gives the window's part of the whole gradient; the part of the sinks
+is added to it.
 
 Shape legend: B rows of L tokens, H query heads, K key-value heads, D head dim, S sinks, P documents of a row that are
 longer than the window, N chunks of their queries.
@@ -15,26 +16,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-MIN_SINKS = 16  # what tensor cores take
-MAX_NUMBERS = 2**14  # of a head's sinks, which a program holds with the sums of their gradients
-ROOM = 160 * 2**10  # bytes of shared memory for as many, as Triton compiles it; Ada has 99 KiB, where half of them fit
-NUM_CHUNKS = 128  # of all tokens: with the key-value heads enough to fill a card
+MIN_SINKS = 16  # the least that tensor cores take
+MAX_NUMBERS = 2**14  # sinks times width of a head: a program holds them and the sums of their gradients
+ROOM = 160 * 2**10  # bytes of shared memory that Triton needs for MAX_NUMBERS; Ada has 99 KiB, enough for half
+NUM_CHUNKS = 128  # of all tokens; times the key-value heads they are enough programs to fill a card
 MIN_CHUNK = 128
 
 Window = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(q_BLHD, k_BLKD, v_BLKD) -> out_BLHD and the natural log-sum-exp [B, H, L] of each query; its backward saves both."""
+"""(q_BLHD, k_BLKD, v_BLKD) -> out_BLHD and the natural log-sum-exp [B, H, L] of each query, both saved for backward."""
 
 
 class Sinks(NamedTuple):
-    """A document's first tokens, for its queries behind the first `window`. All rows are alike."""
+    """The first tokens of each long document, which its queries after the first `window` see. All rows are alike."""
 
     window: int
     tokens: Tensor  # [P, S]
-    chunks: Tensor  # [N, 4], int32: a document's first token, its queries' first and end, and its place in `tokens`
+    chunks: Tensor  # [N, 4], int32: first token of the document, first and end of the queries, row of `tokens`
 
 
 def find_sinks(num: int, window: int, cu_seqlens: Tensor, device: torch.device) -> Sinks | None:
-    """None where no document is longer than the window. `cu_seqlens` are on the host."""
+    """Return the sinks; None where no document is longer than the window. `cu_seqlens` are on the host."""
     starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     starts, ends = (x[ends - starts > window] for x in (starts, ends))
     if not starts.numel():
@@ -50,12 +51,12 @@ def find_sinks(num: int, window: int, cu_seqlens: Tensor, device: torch.device) 
 
 
 def padded(num: int, head_dim: int) -> tuple[int, int]:
-    """What a program holds of a head's sinks: powers of two."""
+    """Return the number of sinks and the width of a head, each rounded up to the power of two that a program holds."""
     return max(MIN_SINKS, 1 << (num - 1).bit_length()), 1 << (head_dim - 1).bit_length()
 
 
 def fits(num: int, head_dim: int, device: torch.device) -> bool:
-    """Return whether a program on `device` holds so many."""
+    """Return whether a program on `device` has room for `num` sinks."""
     sinks, width = padded(num, head_dim)
     if shared_memory(device) >= ROOM:
         return sinks * width <= MAX_NUMBERS
@@ -63,7 +64,7 @@ def fits(num: int, head_dim: int, device: torch.device) -> bool:
 
 
 def shared_memory(device: torch.device) -> int:
-    """Return how many bytes a program may share among its threads; without a card, enough."""
+    """Return the bytes of shared memory that a program on `device` may use; without a card, `ROOM`."""
     if device.type != "cuda":
         return ROOM
     num_bytes: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
@@ -71,21 +72,21 @@ def shared_memory(device: torch.device) -> int:
 
 
 def with_sinks(attend: Window, sinks: Sinks, q_BLHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, scaling: float) -> Tensor:
-    """The output [B, L, H, D] of a window and its sinks."""
+    """Return the output [B, L, H, D] of a window and its sinks."""
     from lctrain.kernels.sinks_triton import merge  # needs triton
 
     handed: list[Tensor] = []
     q_BLHD, k_BLKD, v_BLKD = _Begin.apply(handed, sinks, scaling, q_BLHD, k_BLKD, v_BLKD)  # type: ignore[no-untyped-call]
     out_BLHD, lse_BHL = attend(q_BLHD, k_BLKD, v_BLKD)
-    # `data`, because the window's backward must find what is written now, and not call it changed. Hooks that copy what
-    # is saved would keep what is not merged yet: ours keep views.
+    # `data`, because the window's backward must read what is written here, and autograd must not call it changed.
+    # Saved-tensor hooks that copy would keep the output before merging; the hooks of lctrain keep views.
     merge(sinks, q_BLHD.data, k_BLKD.data, v_BLKD.data, out_BLHD.data, lse_BHL.data, scaling)
     ended: Tensor = _End.apply(handed, out_BLHD, lse_BHL)  # type: ignore[no-untyped-call]
     return ended
 
 
 class _Begin(torch.autograd.Function):
-    """The last of the backward: adds the sinks' gradients to the window's, in place."""
+    """The identity on q, k and v; its backward, which runs last, adds the sinks' gradients to the window's in place."""
 
     @staticmethod
     def forward(ctx: Any, handed: list[Tensor], sinks: Sinks, scaling: float, *qkv: Tensor) -> tuple[Tensor, ...]:
@@ -110,7 +111,7 @@ class _Begin(torch.autograd.Function):
 
 
 class _End(torch.autograd.Function):
-    """The first of the backward: hands the output and its gradient to the other."""
+    """The identity on the output; its backward, which runs first, hands the output and its gradient to `_Begin`."""
 
     @staticmethod
     def forward(ctx: Any, handed: list[Tensor], out_BLHD: Tensor, lse_BHL: Tensor) -> Tensor:
@@ -121,6 +122,6 @@ class _End(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out_BLHD: Tensor) -> tuple[Tensor | None, ...]:
         d_out_BLHD = d_out_BLHD if d_out_BLHD.stride(3) == 1 else d_out_BLHD.contiguous()
-        # Detached: were the window's backward to fail, a graph that hangs on itself would never be freed.
+        # Detached: if the window's backward fails, a graph that refers to itself would never be freed.
         ctx.handed[:] = [*(x.detach() for x in ctx.saved_tensors), d_out_BLHD]
         return None, d_out_BLHD, None

@@ -1,4 +1,4 @@
-"""The few keys that a document's queries see behind their window: read once by a program, which walks a chunk of them.
+"""Triton kernels for `sinks`: a program reads a document's sinks once, and loops over a chunk of the queries.
 
 Shape legend: as in sinks; G query heads of a key-value head.
 """
@@ -15,8 +15,8 @@ from lctrain.kernels.sinks import Sinks, padded
 
 MERGE = {"BLOCK": 64, "num_warps": 4, "num_stages": 2}
 GRADIENTS = {"BLOCK": 32, "num_warps": 4, "num_stages": 1}
-MANY = {"BLOCK": 32, "num_warps": 8, "num_stages": 3}  # gradients that would fill the registers of four warps
-WIDE = {"BLOCK": 64, "num_stages": 1}  # head dimensions above 128
+MANY = {"BLOCK": 32, "num_warps": 8, "num_stages": 3}  # for gradients that would fill the registers of four warps
+WIDE = {"BLOCK": 64, "num_stages": 1}  # for head dimensions above 128
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -24,7 +24,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def _read(  # type: ignore[no-untyped-def]
     start, stride, NUM: tl.constexpr, SINKS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """The sinks' keys or values of one head, [SINKS, WIDTH]."""
+    """Return the sinks' keys or values of one head, [SINKS, WIDTH]."""
     n, d = tl.arange(0, SINKS), tl.arange(0, WIDTH)
     return tl.load(start + n[:, None] * stride + d[None], mask=(n[:, None] < NUM) & (d[None] < D), other=0.0)
 
@@ -35,7 +35,7 @@ def _merge(  # type: ignore[no-untyped-def]
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, out_row, out_token, out_head,
     NUM: tl.constexpr, SINKS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes the output and log-sum-exp of a chunk's window and sinks over those of its window."""
+    """Write the output and log-sum-exp of a chunk's window and sinks over those of its window."""
     chunk, head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     start, begin, end = tl.load(chunks + 4 * chunk), tl.load(chunks + 4 * chunk + 1), tl.load(chunks + 4 * chunk + 2)
     m, n, d = tl.arange(0, BLOCK), tl.arange(0, SINKS), tl.arange(0, WIDTH)
@@ -69,7 +69,7 @@ def _gradients(  # type: ignore[no-untyped-def]
     d_out_row, d_out_token, d_out_head, d_q_row, d_q_token, d_q_head,
     NUM: tl.constexpr, SINKS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds to a chunk's dq, and to its document's dk and dv [B, P, S, K, D]; of all query heads that share a key."""
+    """Add to a chunk's dq and to its document's dk and dv [B, P, S, K, D], for all query heads of a key-value head."""
     chunk, kv_head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     start, begin, end = tl.load(chunks + 4 * chunk), tl.load(chunks + 4 * chunk + 1), tl.load(chunks + 4 * chunk + 2)
     m, n, d = tl.arange(0, BLOCK), tl.arange(0, SINKS), tl.arange(0, WIDTH)
@@ -90,7 +90,7 @@ def _gradients(  # type: ignore[no-untyped-def]
         tile = tl.load(out + row * out_row + token * out_token + head * out_head + d[None], mask=valid, other=0.0)
         delta = tl.sum(tile.to(tl.float32) * upstream.to(tl.float32), 1)
         whole = tl.load(lse + row * lse_row + head * lse_head + index, mask=index < end, other=0.0) / LN_2
-        # Sinks by queries: so the weights are what the sums multiply next, as they are.
+        # Scores are sinks by queries, so that the sums below multiply the weights without a transpose.
         scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scaling_log2
         seen = (index[None] - start - n[:, None] >= window) & (n[:, None] < NUM)
         weights = tl.where(seen, tl.exp2(scores - whole[None]), 0.0)
@@ -111,7 +111,7 @@ def _gradients(  # type: ignore[no-untyped-def]
 def merge(
     sinks: Sinks, q_BLHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, out_BLHD: Tensor, lse_BHL: Tensor, scaling: float
 ) -> None:
-    """Write output and log-sum-exp of window and sinks over those of the window. Tokens of `lse_BHL` are neighbours."""
+    """Write output and log-sum-exp of window and sinks over those of the window. `lse_BHL` has stride 1 over tokens."""
     assert lse_BHL.stride(2) == 1
     num_rows, num_heads, _ = lse_BHL.shape
     _merge[(len(sinks.chunks), num_heads, num_rows)](
@@ -131,7 +131,7 @@ def add_gradients(
     d_q_BLHD: Tensor,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    """Adds the sinks' share to dq; returns theirs of dk and dv in fp32, [B, P, S, K, D]."""
+    """Add the sinks' share to dq, and return the sinks' dk and dv in fp32, [B, P, S, K, D]."""
     num_rows, (num_documents, num) = lse_BHL.shape[0], sinks.tokens.shape
     d_k, d_v = torch.zeros(2, num_rows, num_documents, num, *k_BLKD.shape[2:], device=q_BLHD.device)
     many = prod(padded(num, k_BLKD.shape[3])) > 2**13

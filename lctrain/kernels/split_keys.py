@@ -1,6 +1,6 @@
-"""Flash-Decoding (Dao et al., 2023) of one token for `one_query`: many programs share a head's keys.
+"""Run Flash-Decoding (Dao et al., 2023) of one token for `one_query`: many programs share a head's keys.
 
-Shape legend: as in one_query; G query heads of a key-value head.
+Shape legend: as in one_query.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,14 @@ from lctrain.kernels.one_query import Buffer
 from lctrain.kernels.sinks import shared_memory
 
 BLOCK = 64  # keys that are loaded at once
-PROGRAMS = 2  # on each processor of the card: their loads overlap
-MIN_ROWS = 16  # what tensor cores take of queries
-FEW = 8  # blocks of keys that one program reads alone
+PROGRAMS = 2  # on each processor of the card, so that their loads overlap
+MIN_ROWS = 16  # queries: the least that tensor cores take
+FEW = 8  # blocks of keys, or fewer, that one program reads alone
 PARTS = 32  # splits that are merged at once
 LOG2_E = 1.4426950408889634
 
-LAYER = ["num_heads", "kept_a", "kept_b", "splits_a", "splits_b", "num_in_a", "max_splits"]  # one kernel serves all
+# Arguments that differ between layers: not specialized, so that one compiled kernel runs for all.
+LAYER = ["num_heads", "kept_a", "kept_b", "splits_a", "splits_b", "num_in_a", "max_splits"]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -29,7 +30,10 @@ def _read(  # type: ignore[no-untyped-def]
     queries, keys, values, base, first, last, scaling_log2,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """For each query, of a head's slots from `first` to `last`: the largest score, sums of weights and of values."""
+    """Return the largest score, the sum of weights and the weighted sum of values of each query.
+
+    All are over a head's slots from `first` to `last`, with weights 2^(score − largest score).
+    """
     d, n = tl.arange(0, WIDTH), tl.arange(0, BLOCK)
     most = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -58,7 +62,7 @@ def _attend(  # type: ignore[no-untyped-def]
     G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TWO: tl.constexpr, ALL_HEADS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One split of one head's keys, in buffer a or b; its owner stores the new token.
+    """Attend to one split of one head's keys, in buffer a or b; first store the new token if its slot is in the split.
 
     `q`, `k`, `v` and `out` are [B, heads, D].
     """
@@ -78,7 +82,7 @@ def _attend(  # type: ignore[no-untyped-def]
     b, p = row // kept, row % kept
     head = p if ALL_HEADS else tl.load(heads + p).to(tl.int32)
     position = tl.load(before).to(tl.int32)
-    # As one_query.slot_of; a remainder truncated towards zero gives the same.
+    # As one_query.slot_of does; that a remainder is truncated towards zero here does not change the minimum.
     slot = tl.minimum(position, num_sinks + (position - num_sinks) % num_turns)
     held = tl.minimum(position + 1, num_sinks + num_turns)
     share = tl.cdiv(tl.cdiv(held, BLOCK), splits) * BLOCK
@@ -90,7 +94,7 @@ def _attend(  # type: ignore[no-untyped-def]
         place = base + slot * D + d
         tl.store(keys + place, tl.load(k + b * stride_k + head * D + d, mask=d < D), mask=d < D)
         tl.store(values + place, tl.load(v + b * stride_v + head * D + d, mask=d < D), mask=d < D)
-    tl.debug_barrier()  # what was stored is seen by all threads of this program, which alone reads it
+    tl.debug_barrier()  # makes the stored token visible to all threads of this program, the only one that reads it
 
     valid_q = (g[:, None] < G) & (d[None] < D)
     queries = tl.load(q + b * stride_q + (head * G + g[:, None]) * D + d[None], mask=valid_q, other=0.0)
@@ -111,7 +115,7 @@ def _merge(  # type: ignore[no-untyped-def]
     heads, out, parts, lse, num_heads, num_kept, splits, max_splits, stride_out,
     G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ALL_HEADS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """What one query saw in all splits of a buffer."""
+    """Merge the results of one query over all splits of a buffer."""
     row = tl.program_id(0)
     b, p, g = row // (num_kept * G), row // G % num_kept, row % G
     head = p if ALL_HEADS else tl.load(heads + p).to(tl.int32)
@@ -142,7 +146,7 @@ def launch(
     out_BHLD: Tensor,
     scaling: float,
 ) -> None:
-    """As `one_query.attend_one`, on a CUDA device: one launch for two buffers, so that few keys hide behind many."""
+    """Compute `one_query.attend_one` on a CUDA device. One launch reads two buffers at the same time."""
     q, k, v = (x.contiguous().flatten(1) for x in (q_BHLD, k_BKLD, v_BKLD))
     num_rows, num_heads, _, head_dim = k_BKLD.shape
     group, width = q_BHLD.shape[1] // num_heads, triton.next_power_of_2(head_dim)
@@ -174,7 +178,7 @@ def launch(
 
 
 def _splits(num_rows: list[int], num_slots: list[int], device: torch.device) -> list[int]:
-    """Of each buffer's rows: one where few keys are soon read, as many as fill what is left of the card otherwise."""
+    """Return each buffer's number of splits: 1 where keys are few, else as many as fill the rest of the card."""
     large = [n > FEW * BLOCK for n in num_slots]
     num_processors = torch.cuda.get_device_properties(device).multi_processor_count
     left = PROGRAMS * num_processors - sum(n for n, is_large in zip(num_rows, large, strict=True) if not is_large)

@@ -1,7 +1,7 @@
-"""Heads that attend in several calls, of which autograd keeps what it would keep of one.
+"""Attend with the heads of a layer in several calls, while autograd saves no more than for one call.
 
-A call's backward needs its output, and what follows keeps all outputs side by side: together twice the bytes. So the
-calls get a graph of their own here, in which an output is a slice of what they are joined to.
+The backward of a call needs its output, and the next operation saves the joined outputs, which would be twice the
+bytes. So the calls get their own graph here, in which each output is a slice of the joined one.
 
 Shape legend: B rows, H heads of all calls, h of one of them, K key-value heads, L queries, S keys, D head dim.
 """
@@ -19,7 +19,10 @@ Calls = Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]]
 
 
 def together(calls: Calls, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> Tensor:
-    """The outputs [B, h, L, D] of `calls`, each laid out as [B, L, h, D], as one [B, H, L, D], laid out likewise."""
+    """Return the outputs [B, h, L, D] of `calls` joined to [B, H, L, D].
+
+    Each must be laid out in memory as [B, L, h, D], and the result is laid out as [B, L, H, D].
+    """
     inputs = (q_BHLD, k_BKSD, v_BKSD)
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
         return _join(calls(*inputs))
@@ -32,7 +35,7 @@ def _join(outs: Sequence[Tensor]) -> Tensor:
 
 
 class _Inputs(torch.autograd.Function):
-    """Where the calls' graph begins; it holds none of them."""
+    """The start of the calls' own graph, which holds no inputs."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -65,7 +68,7 @@ class _Together(torch.autograd.Function):
         for tensor in saved:
             view = _slice_of_joined(tensor, outs, joined)
             views.append((len(inputs), view) if view else _place(tensor, kept))
-        saved.clear()  # which the hooks hold
+        saved.clear()  # the hooks hold this list, and would keep its tensors alive
         ctx.save_for_backward(*kept)
         ctx.recalled = recalled
         ctx.num_heads = [out.shape[1] for out in outs]
@@ -76,7 +79,7 @@ class _Together(torch.autograd.Function):
     def backward(ctx: Any, d_BHLD: Tensor) -> tuple[Tensor | None, ...]:
         ctx.recalled[:] = ctx.saved_tensors
         d_outs = d_BHLD.split(ctx.num_heads, dim=1)
-        # The graph may stay for another backward: it holds no tensors.
+        # The graph is kept for another backward, which costs nothing: it holds no tensors.
         gradients = torch.autograd.grad(ctx.ends, ctx.begins, d_outs, retain_graph=True)
         ctx.recalled.clear()
         return None, *gradients
@@ -96,7 +99,7 @@ def _slice_of_joined(tensor: Tensor, outs: Sequence[Tensor], joined_BHLD: Tensor
 
 
 def _place(tensor: Tensor, kept: list[Tensor]) -> tuple[int, View]:
-    """Which of `kept` it is a view of; what is a view of none is kept itself."""
+    """Return the index in `kept` of the tensor that `tensor` is a view of, and the view; append `tensor` if none."""
     for index, given in enumerate(kept):
         if view := View.of(tensor, given):
             return index, view

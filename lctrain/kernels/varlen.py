@@ -1,4 +1,4 @@
-"""FlashAttention-2 as torch ships it, from Ampere on: nothing to install.
+"""Run FlashAttention-2 as torch ships it, on Ampere or later, without another package.
 
 Shape legend: B batch, H query heads, K key-value heads, L queries, S keys, D head dim, T = B·L tokens.
 """
@@ -17,7 +17,7 @@ AMPERE = (8, 0)  # compute capability
 
 
 class VarlenKernel(LocalKernel):
-    """torch's own attention over rows of any length, in a window."""
+    """A kernel by torch's `varlen_attn`: attention over pieces of any length, in a window."""
 
     head_dims: ClassVar[Sequence[int]] = range(8, 257, 8)
 
@@ -33,7 +33,7 @@ class VarlenKernel(LocalKernel):
         self, part: Alike, scaling: float, q_BLHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor
     ) -> tuple[Tensor, Tensor]:
         (cu_seqlens_q, longest_q), (cu_seqlens_k, longest_k) = (_lengths(part, x) for x in (q_BLHD, k_BSKD))
-        # torch 2.11 takes query heads that share a key-value head as they come, later ones must be told.
+        # torch 2.11 accepts query heads that share a key-value head as they are; later versions need this option.
         options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
         q_THD, k_TKD, v_TKD = (x.flatten(0, 1) for x in (q_BLHD, k_BSKD, v_BSKD))
         out_THD, lse_HT = varlen_attn(
@@ -45,7 +45,7 @@ class VarlenKernel(LocalKernel):
 
 
 def _lengths(part: Alike, x_BLHD: Tensor) -> tuple[Tensor, int]:
-    """Return where rows, groups or documents begin, with the number of tokens at the end, and the longest of them."""
+    """Return the index at which each row, group or document begins, with the total at the end, and the most tokens."""
     if part.cu_seqlens is not None:
         return part.cu_seqlens, part.max_length
     num_rows, length = x_BLHD.shape[:2]

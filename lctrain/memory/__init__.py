@@ -1,1 +1,1 @@
-"""What a training step keeps from forward to backward, where, and what it computes again instead."""
+"""Decide what a training step keeps from forward to backward, where it is kept, and what is computed again instead."""

@@ -1,4 +1,4 @@
-"""Tensors that wait in the host's memory while the device computes."""
+"""Keep tensors in the host's memory while the device computes."""
 
 import os
 from pathlib import Path
@@ -9,22 +9,22 @@ from torch import Tensor
 
 
 class Host(Protocol):
-    """Where tensors are put and taken from."""
+    """A place to store tensors in and take them back from."""
 
     def put(self, tensor: Tensor) -> Any:
-        """Begin to store `tensor`; the result is what `fetch` and `take` know it by."""
+        """Begin to store `tensor`, and return the handle that `fetch` and `take` need."""
 
     def fetch(self, stored: Any) -> None:
-        """Begin to bring it back, so that `take` need not wait."""
+        """Begin to copy a stored tensor back, so that `take` need not wait."""
 
     def take(self, stored: Any) -> Tensor:
-        """Have it back on its device, for the stream that computes."""
+        """Return a stored tensor on its device, ready for the stream that computes."""
 
 
 class _Stored:
     def __init__(self, tensor: Tensor) -> None:
         self.device = tensor.device
-        # Pinned, or no copy runs beside the computation; torch keeps pinned blocks for the next step.
+        # Only pinned memory is copied while the device computes; torch reuses pinned blocks in the next step.
         pinned = tensor.device.type == "cuda"
         self.host = torch.empty_strided(
             tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu", pin_memory=pinned
@@ -34,7 +34,7 @@ class _Stored:
 
 
 class PinnedHost:
-    """Copies on two streams of its own, one for each direction; on a CPU they are plain copies."""
+    """A host store that copies on two streams of its own, one for each direction; on a CPU, by plain copies."""
 
     def __init__(self) -> None:
         self._streams: dict[str, torch.cuda.Stream] = {}
@@ -49,7 +49,7 @@ class PinnedHost:
         with torch.cuda.stream(stream):
             stored.host.copy_(tensor, non_blocking=True)
         stored.copied = stream.record_event()
-        tensor.record_stream(stream)  # its memory is not given to another tensor before it is copied
+        tensor.record_stream(stream)  # its memory must not be given to another tensor before it is copied
         return stored
 
     def fetch(self, stored: _Stored) -> None:
@@ -58,7 +58,7 @@ class PinnedHost:
         if stored.device.type != "cuda":
             stored.back = stored.host.clone()
             return
-        # Allocated on the stream that computes, which frees it; what used this memory before is waited for.
+        # Allocated on the stream that computes, which frees it too; the copy waits for earlier uses of this memory.
         stored.back = torch.empty_strided(
             stored.host.shape, stored.host.stride(), dtype=stored.host.dtype, device=stored.device
         )
@@ -86,8 +86,10 @@ class PinnedHost:
 
 
 def memory_limit(own: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of the host's memory that this process may use: all, or what its control groups allow, as Slurm's or a
-    container's do. `own` names them, below `groups` (Linux's version 2, or 1).
+    """Return the bytes of host memory that this process may use: all, or less where a control group limits it.
+
+    Slurm and containers set such limits. The file `own` lists the process's control groups, whose folders are below
+    `groups` (cgroups of Linux, version 2 or 1).
     """
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for line in own.read_text().splitlines() if own.exists() else []:

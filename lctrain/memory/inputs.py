@@ -1,4 +1,4 @@
-"""What checkpointed layers leave behind: their inputs, on the device, on the host, or to be computed again."""
+"""Keep the inputs of checkpointed layers on the device or on the host, or compute them again."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -13,10 +13,11 @@ from lctrain.memory.recall import AttentionCall, recording, replaying
 
 
 class LayerInputs:
-    """Decides for each checkpointed layer of a decoder what stays of it between forward and backward.
+    """The rules for what each checkpointed layer of a decoder keeps between forward and backward.
 
-    `context` is the `context_fn` of `torch.utils.checkpoint`: called as a layer begins, right before its input is
-    saved. That one tensor goes through the saved-tensor hooks which `attach` holds open around the decoder.
+    `context` is the `context_fn` of `torch.utils.checkpoint`, which calls it when a layer begins, right before it
+    saves the layer's input. That one tensor passes through saved-tensor hooks that are open during the decoder's
+    forward.
     """
 
     def __init__(self, *, num_layers: int, every: int, num_offloaded: int, num_attention: int, host: Host) -> None:
@@ -26,7 +27,7 @@ class LayerInputs:
         self._hooks: saved_tensors_hooks | None = None
 
     def attach(self, decoder: nn.Module) -> None:
-        """Follow every forward of `decoder` that trains, from its beginning to its end."""
+        """Register hooks that apply these rules in every training forward of `decoder`."""
         layers: Any = decoder.layers
         self._layers = layers
         decoder.register_forward_pre_hook(self._begin)
@@ -36,7 +37,7 @@ class LayerInputs:
                 layer.register_forward_pre_hook(self._remember(index), with_kwargs=True)
 
     def context(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """What surrounds a layer's forward, and what its recomputation."""
+        """Return the context managers for a layer's forward and for its recomputation."""
         if self._pass is None or not torch.is_grad_enabled():
             return nullcontext(), nullcontext()
         calls: list[AttentionCall] = []
@@ -62,12 +63,12 @@ class LayerInputs:
 
 
 class _Pass:
-    """One forward and its backward."""
+    """The kept inputs of one forward, for its backward."""
 
     def __init__(self, inputs: LayerInputs, layers: Any) -> None:
         self._plan, self._layers = inputs, layers
-        self.calls: dict[int, tuple[tuple[Any, ...], Mapping[str, Any]]] = {}  # a layer's other arguments
-        self._kept: dict[int, Any] = {}  # layer index → its input, or what the host knows it by
+        self.calls: dict[int, tuple[tuple[Any, ...], Mapping[str, Any]]] = {}  # layer index → its other arguments
+        self._kept: dict[int, Any] = {}  # layer index → its input, or the host's handle of it
         self._begun = -1
         self._awaited: int | None = None  # the layer whose input is saved next
         self._autocast: tuple[str, torch.dtype, bool] | None = None
@@ -77,7 +78,7 @@ class _Pass:
         return self._begun
 
     def pack(self, tensor: Tensor) -> Any:
-        """A layer's input becomes the layer's index; what is saved outside of checkpointed layers stays as it is."""
+        """Keep a layer's input and return the layer's index; return any other saved tensor unchanged."""
         index = self._awaited
         if index is None or tensor.ndim < 3 or not tensor.is_floating_point():
             return tensor
@@ -94,7 +95,7 @@ class _Pass:
         return packed if isinstance(packed, Tensor) else self._input(packed)
 
     def _input(self, index: int) -> Tensor:
-        """A layer's input, and on its way already that of the layer which the backward visits next."""
+        """Return a layer's input, and begin to fetch the offloaded input that the backward needs next."""
         first = index - index % self._plan.every
         if index not in self._kept:
             self._run(first, index)
@@ -104,7 +105,7 @@ class _Pass:
         return tensor
 
     def _run(self, first: int, last: int) -> None:
-        """From the kept input of layer `first`, compute those of the layers up to `last`."""
+        """Compute the inputs of the layers after `first` up to `last`, from the kept input of layer `first`."""
         hidden = self._kept[first] = self._take(first)
         assert self._autocast is not None
         device, dtype, enabled = self._autocast

@@ -1,8 +1,9 @@
-"""Tensors that are kept once and asked for again, and attention that is never computed twice.
+"""Give saved tensors back in the backward, and never compute an attention twice in a checkpointed layer.
 
 A checkpointed layer (`torch.utils.checkpoint`, non-reentrant) keeps none of the tensors that autograd saves; the first
-that is asked for makes the layer run again. Two things are better known than torch can know them: what attention
-needs of its inputs, and that its output is worth more than it weighs.
+one that the backward asks for makes the layer run again. Two facts that torch does not know save memory and time here:
+attention's backward needs q, k and v, which the recomputed layer has anyway, and its output costs more to compute
+again than to keep.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from lctrain.view import View
 
 
 class _Save(torch.autograd.Function):
-    """The identity, which saves its inputs before anything is computed from them."""
+    """The identity on tensors, which it saves before anything is computed from them."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -32,20 +33,20 @@ class _Save(torch.autograd.Function):
 
 
 class Recall:
-    """Gives saved tensors back in the backward: as autograd kept them, or computed again by a checkpoint."""
+    """A function that returns saved tensors in the backward, as kept by autograd or computed again by a checkpoint."""
 
     def __init__(self, node: Any) -> None:
         self._node = node
         self._tensors: tuple[Tensor, ...] = ()
 
     def __call__(self) -> tuple[Tensor, ...]:
-        if not self._tensors:  # a checkpoint gives each tensor once
+        if not self._tensors:  # a checkpoint returns each saved tensor only once
             self._tensors = self._node.saved_tensors
         return self._tensors
 
 
 def save(*tensors: Tensor) -> tuple[tuple[Tensor, ...], Recall]:
-    """The same tensors, and how to have them again in the backward. One of them must require grad."""
+    """Return the same tensors, and a function that returns them again in the backward. One must require grad."""
     saved: tuple[Tensor, ...] = _Save.apply(*tensors)  # type: ignore[no-untyped-call]
     return saved, Recall(saved[0].grad_fn)
 
@@ -53,8 +54,8 @@ def save(*tensors: Tensor) -> tuple[tuple[Tensor, ...], Recall]:
 class AttentionCall:
     """One attention of a checkpointed layer, from its first run to its backward.
 
-    Of what the kernel's backward needs, q, k and v come from the recomputed layer. The output and all else that the
-    kernel made is kept here from the first run on (`keep`), or from the layer's recomputation on.
+    The kernel's backward gets q, k and v from the recomputed layer. The output and all other tensors that the kernel
+    made are kept here from the first run on (`keep`), or else from the layer's recomputation on.
     """
 
     def __init__(self, keep: bool) -> None:
@@ -64,7 +65,7 @@ class AttentionCall:
         self.made: list[Tensor] = []
 
     def run(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """attend(q, k, v), computed only if its output is not here."""
+        """Return attend(q, k, v), which is computed only if its output is not kept here."""
         (q, k, v), recall = save(q, k, v)
         if self._out is None:
             hooks = _WithoutInputs((q, k, v), recall, self.made, self._fills)
@@ -77,11 +78,11 @@ class AttentionCall:
                 self._begun = True
                 return out
         assert self._out is not None
-        return self._out.detach().requires_grad_()  # whose graph nobody walks
+        return self._out.detach().requires_grad_()  # without a graph: the backward runs through that of the first run
 
 
 class _WithoutInputs:
-    """Hooks that keep no view of `inputs`, which `recall` gives, and put other tensors into `made`, if at all."""
+    """Saved-tensor hooks that keep no view of `inputs`, which `recall` returns; if `fills`, `made` gets the others."""
 
     def __init__(self, inputs: tuple[Tensor, ...], recall: Recall, made: list[Tensor], fills: bool) -> None:
         self._inputs, self._recall, self._made, self._fills = inputs, recall, made, fills
@@ -99,14 +100,14 @@ class _WithoutInputs:
     def unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, int):
             if packed >= len(self._made):
-                self._recall()  # the layer runs again, and this attention in it
+                self._recall()  # makes the layer run again with this attention, which fills `made`
             return self._made[packed]
         index, view = packed
         taken: Tensor = view.take(self._recall()[index])
         return taken
 
     def forget(self) -> None:
-        """Autograd holds on to hooks: these must not hold on to the inputs."""
+        """Drop the inputs: autograd keeps the hooks alive, and these would keep the inputs alive."""
         self._inputs = ()
 
 
@@ -114,7 +115,7 @@ _next_call: ContextVar[Callable[[], AttentionCall] | None] = ContextVar("next_ca
 
 
 def attend_once(attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """attend(q, k, v), whatever kernel runs; in a checkpointed layer it is the next `AttentionCall`."""
+    """Return attend(q, k, v), with any kernel; in a checkpointed layer, as the next `AttentionCall`."""
     next_call = _next_call.get()
     if next_call is None or not torch.is_grad_enabled() or not any(x.requires_grad for x in (q, k, v)):
         return attend(q, k, v)
@@ -122,17 +123,17 @@ def attend_once(attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k
 
 
 def recording(calls: list[AttentionCall], *, keep: bool) -> AbstractContextManager[None]:
-    """A checkpointed layer's forward: its attentions are appended to `calls`."""
+    """Return the context of a checkpointed layer's forward, which appends the layer's attentions to `calls`."""
     return _calls_from(lambda: _appended(calls, AttentionCall(keep)))
 
 
 def replaying(calls: list[AttentionCall]) -> AbstractContextManager[None]:
-    """The same layer run again."""
+    """Return the context of the same layer's recomputation, which takes its attentions from `calls`."""
     return _calls_from(iter(calls).__next__)
 
 
 def noting(calls: list[AttentionCall]) -> AbstractContextManager[None]:
-    """A part of a layer that is checkpointed by itself: its attentions are appended to `calls` too."""
+    """Return the context for a part of a layer that is checkpointed by itself: `calls` gets its attentions too."""
     whole = _next_call.get() or (lambda: AttentionCall(keep=False))
     return _calls_from(lambda: _appended(calls, whole()))
 
@@ -152,17 +153,17 @@ def _appended(calls: list[AttentionCall], call: AttentionCall) -> AttentionCall:
 
 
 def recomputed(run: Callable[[Tensor], Tensor], given: Tensor, again: Callable[[], Tensor]) -> Tensor:
-    """run(given), of which nothing is kept; the backward runs it once more on what `again` gives.
+    """Return run(given) without keeping any of its tensors; the backward runs it once more on the tensor from `again`.
 
-    Inside a checkpointed layer, whose own recomputation it does not join.
+    Inside a checkpointed layer, the layer's own recomputation does not recompute it.
     """
-    first = [given]  # not an argument of the checkpoint, which would keep it
+    first = [given]  # in a list, because the checkpoint keeps its arguments
     calls: list[AttentionCall] = []
 
     def compute() -> Tensor:
         return run(first.pop() if first else again())
 
-    with saved_tensors_hooks(_as_it_is, _as_it_is):  # what a checkpoint saves itself would count as the layer's
+    with saved_tensors_hooks(_as_it_is, _as_it_is):  # hides what this checkpoint saves from the layer's checkpoint
         return checkpoint(  # type: ignore[no-any-return]
             compute, use_reentrant=False, context_fn=lambda: (noting(calls), replaying(calls))
         )

@@ -1,4 +1,4 @@
-"""Which activations a step keeps: the option group `memory`."""
+"""Choose the activations that a step keeps: the option group `memory`."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,23 +15,25 @@ Count = int | Literal["all"]
 
 @dataclass(frozen=True, kw_only=True)
 class Savings:
-    """Counts of layers, or "all". Losses and gradients are the same whatever is saved; but in half precision, heads at
-    a time are summed in parts.
+    """Options that save memory; a count of layers may be "all".
 
-    Recomputation is Chen et al., arXiv:1604.06174; a layer's input is all that is kept of it, and its forward runs
-    again in the backward. The backward visits the last layers first, so what costs memory is given to them, and what
-    must wait longest leaves the device.
+    Losses and gradients are the same with any option, except that `kv_heads_at_a_time` rounds differently in half
+    precision, because heads are summed in parts.
+
+    Recomputation follows Chen et al., arXiv:1604.06174: only a layer's input is kept, and its forward runs again in
+    the backward. The backward visits the last layers first. So the last layers keep attention's output, and the first
+    inputs, which are needed last, leave the device.
     """
 
-    checkpoint_layers: Count  # the first of them keep their inputs only; 0 recomputes nothing
-    checkpoint_every: int  # of these inputs, each k-th is kept; those between are computed from it again
-    save_attention: Count  # the last of the checkpointed layers keep attention's output, and never run it again
-    offload: Count  # the first of the kept inputs wait in pinned host memory, copied beside the computation
-    mlp_tile: int  # tokens that a checkpointed layer's MLP sees at a time; 0 is all of them
-    kv_heads_at_a_time: int  # that a checkpointed layer's attention computes, with their query heads; 0 is all of them
+    checkpoint_layers: Count  # so many first layers keep only their inputs; 0 recomputes nothing
+    checkpoint_every: int  # k keeps each k-th of these inputs; those between are computed from it again
+    save_attention: Count  # so many last checkpointed layers keep attention's output, and never compute it again
+    offload: Count  # so many first kept inputs are moved to pinned host memory while the device computes
+    mlp_tile: int  # tokens that a checkpointed layer's MLP computes at a time; 0 is all of them
+    kv_heads_at_a_time: int  # key-value heads, with their query heads, that attention computes at a time; 0 is all
 
     def check(self, config: PreTrainedConfig, *, device_type: str, dropout: bool) -> None:
-        """InputError for what has no effect, or can't work, on such a model and device."""
+        """Raise InputError for an option that has no effect, or can't work, on such a model and device."""
         for name in ("checkpoint_layers", "save_attention", "offload", "mlp_tile", "kv_heads_at_a_time"):
             value: Count = getattr(self, name)
             if isinstance(value, int) and value < 0:
@@ -61,7 +63,7 @@ class Savings:
             raise InputError("memory.kv_heads_at_a_time can't share dropout's draws between heads; set dropout to 0")
 
     def resolve(self, num_layers: int) -> "Savings":
-        """The same with numbers for "all", and no more than there are."""
+        """Return the same options with a number for "all", and with no count above the number that exists."""
 
         def within(count: Count, limit: int) -> int:
             return limit if count == "all" else min(count, limit)
@@ -72,7 +74,7 @@ class Savings:
         return replace(self, checkpoint_layers=layers, save_attention=attention, offload=offload)
 
     def apply(self, model: PreTrainedModel, host: Host) -> None:
-        """Make a tuned `model` save. Parameters keep their names."""
+        """Apply these options to a tuned `model`. Parameters keep their names."""
         layers = model.get_decoder().layers
         counts = self.resolve(len(layers))
         if not counts.checkpoint_layers:
@@ -107,7 +109,7 @@ class Savings:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoSavings:
-    """The cheapest savings that fit, by the plan of the run on its device. Limits in GiB; null is all there is."""
+    """A request for the cheapest savings that fit, by the plan of the run. Limits are in GiB; null is all memory."""
 
     device_memory: float | None
     host_memory: float | None

@@ -1,4 +1,4 @@
-"""The MLP, some tokens at a time. Shape legend: B rows, L tokens, D hidden."""
+"""Compute the MLP some tokens at a time. Shape legend: B rows, L tokens, D hidden."""
 
 from collections.abc import Callable
 
@@ -9,10 +9,10 @@ from lctrain.memory.recall import Recall, recomputed, save
 
 
 class TiledMLP(nn.Module):
-    """Runs `mlp` on tiles of tokens, each computed again in the backward: its inner width exists for one tile only.
+    """An MLP that runs on tiles of tokens and again in the backward: inner activations exist for one tile at a time.
 
-    In a checkpointed layer that costs nothing. The layer's own recomputation stops at the MLP's input, as nothing
-    behind it is kept, and so the MLP is recomputed once either way. The children are those of `mlp` under the same
+    In a checkpointed layer that costs no time: the layer's own recomputation stops at the MLP's input, because nothing
+    after it is kept, and so the MLP is recomputed once either way. The children are those of `mlp` under the same
     names, so that parameters and checkpoints do not change.
     """
 
@@ -24,7 +24,7 @@ class TiledMLP(nn.Module):
         self._run: Callable[[Tensor], Tensor] = mlp.forward
 
     def forward(self, hidden_BLD: Tensor) -> Tensor:
-        """mlp(hidden), [B, L, D]."""
+        """Return mlp(hidden), [B, L, D]."""
         recall: Recall | None = None
         if hidden_BLD.shape[1] > self._tile and torch.is_grad_enabled() and hidden_BLD.requires_grad:
             (hidden_BLD,), recall = save(hidden_BLD)

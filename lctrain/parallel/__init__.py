@@ -1,1 +1,1 @@
-"""How one row is shared between devices. Handed callables and tensors; knows no attention method."""
+"""Share one row between devices. This folder gets callables and tensors, and knows no attention method."""

@@ -1,4 +1,4 @@
-"""How processes leave a run that went well."""
+"""End the process group and free the model when a run ends without failing."""
 
 import gc
 from collections.abc import Iterator
@@ -11,10 +11,11 @@ from lctrain.errors import Stopped
 
 @contextmanager
 def farewell() -> Iterator[None]:
-    """Lets go of what trained, as another model comes to the device now, and of the process group.
+    """Free the trained model and destroy the process group after the block, if it ends well or raises Stopped.
 
-    Gloo's threads would outlive the interpreter, and abort the process where one lets go of a Python object then. A
-    rank that failed must not wait for them: they may be in an exchange that the others never enter.
+    Freeing makes room for the next model on the device. Gloo's threads would outlive the interpreter, and abort the
+    process if one then freed a Python object. After any other exception nothing is done: a rank that failed must not
+    wait for these threads, which may be in an exchange that the other ranks never enter.
     """
     try:
         yield
@@ -25,6 +26,6 @@ def farewell() -> Iterator[None]:
 
 
 def _end() -> None:
-    gc.collect()  # trainer and module hold each other, and the group
+    gc.collect()  # trainer and module refer to each other, and to the process group
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Which ranks share a row, and which read other rows."""
+"""Map ranks to rows and to parts of rows."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,10 @@ from lctrain.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """`world_size` ranks as rows of `sequence_parallel_size` neighbours, who share a row of tokens between them.
+    """A division of `world_size` ranks into sets of `sequence_parallel_size` ranks, each of which shares one row.
 
-    Neighbours are consecutive ranks, so that they sit on one node wherever the size divides the node's devices.
+    The ranks of a set are consecutive, so that they are on one node wherever the size divides the node's devices.
+    Raises InputError if the size does not divide `world_size`.
     """
 
     rank: int
@@ -27,26 +28,26 @@ class Mesh:
 
     @property
     def data_parallel_size(self) -> int:
-        """How many different rows are read at a time."""
+        """Return the number of rows that are read at a time."""
         return self.world_size // self.sequence_parallel_size
 
     @property
     def data_parallel_rank(self) -> int:
-        """Which of them this rank reads."""
+        """Return which of these rows this rank reads."""
         return self.rank // self.sequence_parallel_size
 
     @property
     def sequence_parallel_rank(self) -> int:
-        """Which part of the row is this rank's."""
+        """Return which part of its row this rank holds."""
         return self.rank % self.sequence_parallel_size
 
     def part(self, length: int) -> slice:
-        """This rank's tokens of a row of `length`."""
+        """Return the slice of this rank's tokens in a row of `length` tokens."""
         size = length // self.sequence_parallel_size
         return slice(self.sequence_parallel_rank * size, (self.sequence_parallel_rank + 1) * size)
 
     def sequence_group(self) -> dist.ProcessGroup | None:
-        """The process group of those who share this rank's row; None where nobody does. Collective over all ranks."""
+        """Return the process group of the ranks that share this rank's row; None if it is alone. Collective."""
         if self.sequence_parallel_size == 1:
             return None
         group: dist.ProcessGroup = dist.new_subgroups(self.sequence_parallel_size)[0]

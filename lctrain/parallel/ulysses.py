@@ -1,7 +1,7 @@
-"""Sequence parallelism by exchanging heads for tokens (DeepSpeed Ulysses, Jacobs et al., arXiv:2309.14509).
+"""Share a row between ranks by exchanging tokens for heads (DeepSpeed Ulysses, Jacobs et al., arXiv:2309.14509).
 
-Every rank holds L = S / n tokens of a row. For attention, and only there, it trades: it gives away its tokens of other
-ranks' heads and gets all S tokens of its own. What runs in between is any attention, told which heads it sees.
+Every rank holds L = S / n tokens of a row, with all heads. For attention only, ranks exchange: each gets all S tokens
+of its own share of the heads, runs any attention on them, and sends the outputs back.
 
 Shape legend: B batch, H query heads, K key-value heads, h heads of a rank, S tokens of the row, L = S / n tokens here,
 D head dim, n ranks.
@@ -21,10 +21,10 @@ from lctrain.errors import InputError
 
 @dataclass(frozen=True)
 class Ulysses:
-    """The exchange over one group of ranks, consecutive tokens with consecutive ranks.
+    """The exchange over one process group, in which consecutive ranks hold consecutive tokens.
 
-    Deviation from the paper: key-value heads that n does not divide are repeated until it does, so that n may exceed
-    their number. DeepSpeed's own wrapper drops masks that are not its own; patterns and packed documents need ours.
+    Deviation from the paper: key-value heads are repeated until n divides their number, so that n may exceed it.
+    DeepSpeed's own wrapper is not used because it drops the masks that patterns and packed documents need.
     """
 
     group: dist.ProcessGroup
@@ -40,9 +40,10 @@ class Ulysses:
     def attend(
         self, attention: Callable[[Tensor, Tensor, Tensor], Tensor], q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor
     ) -> Tensor:
-        """Return what `attention` computes of all tokens of this rank's heads, for this rank's tokens: [B, H, L, D].
+        """Return the output of all heads for this rank's tokens, [B, H, L, D].
 
-        Tensors are exchanged token by token, as projections write and fused kernels read them: one copy each way.
+        `attention` gets all tokens of this rank's heads. Tensors are exchanged in the layout in which projections
+        write them and fused kernels read them (token by token), which takes one copy each way.
         """
         repeats = num_repeats(k_BKLD.shape[1], self.size)
         k_BKLD, v_BKLD = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (k_BKLD, v_BKLD))
@@ -54,7 +55,7 @@ class Ulysses:
         return self._exchange(out_nBLhD.contiguous()).permute(1, 2, 0, 3, 4).flatten(2, 3).transpose(1, 2)
 
     def gather(self, x_BL: Tensor) -> Tensor:
-        """The whole row [B, S] of what each rank holds a part of; no gradient."""
+        """Return the whole row [B, S] from the part [B, L] of each rank, without a gradient."""
         parts = [torch.empty_like(x_BL) for _ in range(self.size)]
         dist.all_gather(parts, x_BL.contiguous(), group=self.group)
         return torch.cat(parts, dim=1)
@@ -65,7 +66,7 @@ class Ulysses:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Send entry i to rank i: its own inverse, and so its own gradient."""
+    """The exchange that sends entry i to rank i. It is its own inverse, so the gradient takes the same exchange."""
 
     @staticmethod
     def forward(ctx: Any, x_n: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -82,18 +83,18 @@ class _AllToAll(torch.autograd.Function):
 
 
 def num_repeats(num_key_value_heads: int, size: int) -> int:
-    """How often a key-value head stands in the exchange, so that `size` ranks get equal shares."""
+    """Return how often each key-value head is repeated in the exchange, so that `size` ranks get equal shares."""
     return size // gcd(num_key_value_heads, size)
 
 
 def shares_heads(num_attention_heads: int, num_key_value_heads: int, size: int) -> bool:
-    """Whether `size` ranks can each attend with equally many whole heads, beside the key-value heads they share."""
+    """Return whether `size` ranks can get equally many query heads, each with the key-value heads these need."""
     groups = num_attention_heads // num_key_value_heads
     return num_attention_heads % size == 0 and groups % num_repeats(num_key_value_heads, size) == 0
 
 
 def check_heads(num_attention_heads: int, num_key_value_heads: int, size: int) -> None:
-    """Raise InputError, which names the sizes that work, unless `shares_heads`."""
+    """Raise InputError, which names the sizes that work, unless `shares_heads` is true."""
     if shares_heads(num_attention_heads, num_key_value_heads, size):
         return
     sizes = range(1, num_attention_heads + 1)

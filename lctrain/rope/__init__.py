@@ -1,1 +1,1 @@
-"""Rotary position schemes: one file each, the transformers config that stretches the positions."""
+"""Rotary position schemes, one file each: entries of the transformers config that stretch the positions."""

@@ -1,7 +1,7 @@
-"""What a rotary scheme is: the `rope_parameters` that make transformers compute its frequencies.
+"""Define a rotary scheme by the `rope_parameters` with which transformers computes its frequencies.
 
-transformers owns the arithmetic (fp32 angles, `ROPE_INIT_FUNCTIONS`); the exported model is therefore reproduced by
-plain transformers by construction.
+All arithmetic is in transformers (fp32 angles, `ROPE_INIT_FUNCTIONS`), so plain transformers reproduces an exported
+model.
 """
 
 import logging
@@ -20,7 +20,7 @@ Factor = float | Literal["auto"]
 
 @dataclass(frozen=True, kw_only=True)
 class RopeContext:
-    """What a scheme may compute from. Lengths in tokens."""
+    """The values from which a scheme computes its parameters. Lengths are in tokens."""
 
     rope_theta: float
     dim: int  # rotated dimensions of a head
@@ -28,7 +28,10 @@ class RopeContext:
     target_length: int
 
     def scale(self, factor: Factor) -> float:
-        """`auto` is target over original length, at least 1."""
+        """Return `factor` as a number; `auto` is target over original length, at least 1.
+
+        Raises InputError for a factor below 1.
+        """
         if factor == "auto":
             return max(1.0, self.target_length / self.original_max_position_embeddings)
         if not isinstance(factor, int | float) or factor < 1:
@@ -37,16 +40,19 @@ class RopeContext:
 
 
 class RopeScheme(ABC):
-    """One way to stretch the rotary positions of the layers that see globally."""
+    """A way to stretch the rotary positions of the layers that see globally."""
 
-    keeps_max_position_embeddings: ClassVar[bool] = False  # transformers derives the scheme's lengths from it
+    keeps_max_position_embeddings: ClassVar[bool] = False  # True if transformers derives the scheme's lengths from it
 
     @abstractmethod
     def parameters(self, context: RopeContext) -> dict[str, Any]:
-        """Entries of `config.rope_parameters` that replace the scheme the model came with."""
+        """Return the entries of `config.rope_parameters` that replace the scheme of the pretrained model."""
 
     def apply(self, config: PreTrainedConfig, target_length: int) -> None:
-        """Write the scheme into `config`, in place. Models that nest rope per layer type keep it on local layers."""
+        """Write the scheme into `config`, in place. Models with rope per layer type keep theirs on local layers.
+
+        Raises InputError where the model, or its global layers, have no rotary positions.
+        """
         text = config.get_text_config()
         rope = getattr(text, "rope_parameters", None)
         if not rope:
@@ -67,7 +73,7 @@ class RopeScheme(ABC):
 def _context(config: PreTrainedConfig, rope: dict[str, Any], target_length: int) -> RopeContext:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    if rope.get("rope_type") == "linear":  # such a config tells the stretched length only
+    if rope.get("rope_type") == "linear":  # such a config has only the stretched length
         original = round(config.max_position_embeddings / rope["factor"])
     return RopeContext(
         rope_theta=rope["rope_theta"],

@@ -1,4 +1,4 @@
-"""Position interpolation."""
+"""Interpolate positions."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from lctrain.rope.base import Factor, RopeContext, RopeScheme
 
 @dataclass(frozen=True, kw_only=True)
 class LinearScaling(RopeScheme):
-    """Every angle divided by `factor` (Chen et al., arXiv:2306.15595): θ_i' = θ_i / factor."""
+    """Position interpolation (Chen et al., arXiv:2306.15595): every angle divided by `factor`, θ_i' = θ_i / factor."""
 
     factor: Factor = "auto"
 

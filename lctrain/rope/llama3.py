@@ -1,4 +1,4 @@
-"""Llama 3.1's scaling."""
+"""Scale as Llama 3.1 does."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +9,11 @@ from lctrain.rope.base import Factor, RopeContext, RopeScheme
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling(RopeScheme):
-    """Wavelengths beyond original / `low_freq_factor` are interpolated by `factor`, those under original /
-    `high_freq_factor` stay, a ramp lies between (Llama 3.1, arXiv:2407.21783, and its released code)."""
+    """Llama 3.1's scaling by wavelength (arXiv:2407.21783, and its released code).
+
+    Wavelengths above original / `low_freq_factor` are interpolated by `factor`, those below original /
+    `high_freq_factor` stay, and a ramp connects the two.
+    """
 
     factor: Factor = "auto"
     low_freq_factor: float = 1.0

@@ -1,4 +1,4 @@
-"""LongRoPE."""
+"""Scale as LongRoPE does."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from lctrain.rope.base import Factor, RopeContext, RopeScheme
 
 @dataclass(frozen=True, kw_only=True)
 class LongRoPE(RopeScheme):
-    """One interpolation factor per rotated pair (Ding et al., arXiv:2402.13753).
+    """LongRoPE, with one interpolation factor per rotated pair (Ding et al., arXiv:2402.13753).
 
-    `short_factor` serves inputs up to the original length, `long_factor` longer ones; both have d/2 entries. The paper
-    searches them. Where they are null, short is all ones and long the NTK-aware factor^(2i / (d - 2)), one of the
-    points its search starts from.
+    `short_factor` is for inputs up to the original length, `long_factor` for longer ones; both have d/2 entries. The
+    paper finds them by a search. Where they are null, short is all ones, and long is the NTK-aware
+    factor^(2i / (d - 2)), one of the points from which the paper's search starts.
     """
 
     factor: Factor = "auto"

@@ -10,9 +10,9 @@ from lctrain.rope.base import RopeContext, RopeScheme
 
 @dataclass(frozen=True, kw_only=True)
 class NoScaling(RopeScheme):
-    """The model's own rotary scheme, to the last entry.
+    """The model's own rotary scheme, unchanged.
 
-    Training beyond the length that the model came with is refused, unless `extrapolate` says that it is meant.
+    Training beyond the model's pretrained length is refused unless `extrapolate` is true.
     """
 
     extrapolate: bool = False
@@ -21,4 +21,4 @@ class NoScaling(RopeScheme):
         return {}
 
     def apply(self, config: PreTrainedConfig, target_length: int) -> None:
-        """Nothing to write: a model without rotary positions is welcome too."""
+        """Do nothing, so that models without rotary positions are accepted too."""

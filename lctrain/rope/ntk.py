@@ -1,4 +1,4 @@
-"""NTK-aware scaling."""
+"""Scale by the NTK-aware rule."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from lctrain.rope.base import Factor, RopeContext, RopeScheme
 class NTKAwareScaling(RopeScheme):
     """A larger base, so that the slowest frequency is interpolated by `factor` and the fastest not at all.
 
-    base' = base · factor^(d / (d - 2)), d rotated dimensions (bloc97, 2023; YaRN, arXiv:2309.00071, §3.1).
+    base' = base · factor^(d / (d - 2)), with d rotated dimensions (bloc97, 2023; YaRN, arXiv:2309.00071, §3.1).
     """
 
     factor: Factor = "auto"

@@ -1,4 +1,4 @@
-"""Base change."""
+"""Change the base."""
 
 from dataclasses import dataclass
 from typing import Any

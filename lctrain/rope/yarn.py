@@ -1,4 +1,4 @@
-"""YaRN."""
+"""Scale as YaRN does."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +9,11 @@ from lctrain.rope.base import Factor, RopeContext, RopeScheme
 
 @dataclass(frozen=True, kw_only=True)
 class YaRN(RopeScheme):
-    """NTK-by-parts interpolation and an attention temperature (Peng et al., arXiv:2309.00071, eq. 17-23).
+    """NTK-by-parts interpolation and an attention temperature (YaRN, Peng et al., arXiv:2309.00071, eq. 17-23).
 
-    Dimensions that turn more than `beta_fast` times within the original length stay, those below `beta_slow` are
-    interpolated by `factor`, a ramp lies between. `attention_factor` scales the embeddings; null is the paper's
-    0.1 ln(factor) + 1.
+    Dimensions that rotate more than `beta_fast` times within the original length stay, those that rotate fewer than
+    `beta_slow` times are interpolated by `factor`, and a ramp connects the two. `attention_factor` scales the
+    embeddings; null is the paper's 0.1 ln(factor) + 1.
     """
 
     factor: Factor = "auto"
