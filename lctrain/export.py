@@ -1,4 +1,4 @@
-"""From a checkpoint to a plain Hugging Face folder."""
+"""Export a checkpoint as a plain Hugging Face folder."""
 
 import shutil
 from dataclasses import replace
@@ -23,22 +23,23 @@ from lctrain.memory.savings import NOTHING
 from lctrain.model.recipe import ModelRecipe, PretrainedModel
 
 RECIPE = "lctrain.yaml"  # the resolved config of the run, in every exported folder
-PLAIN = {"kernel": "auto", "layer_kernel": "plain", "precision": None, "memory": NOTHING}  # nothing runs here
+PLAIN = {"kernel": "auto", "layer_kernel": "plain", "precision": None, "memory": NOTHING}  # no forward runs here
 
 
 def main(cfg: DictConfig) -> None:
-    """`lctrain export`."""
+    """Run `lctrain export`."""
     heads = {name: value for name, value in cfg.heads.items() if value is not None}
     print(f"exported to {export(cfg.run_dir, cfg.checkpoint, cfg.output, cfg.dtype, **heads)}")
 
 
 def export(run_dir: str, checkpoint: str, output: str, dtype: str = "auto", **heads: float) -> Path:
-    """Merge the adapters of a checkpoint (a path, or auto for the newest whole one) into `output`; returns it.
+    """Merge a checkpoint (a path, or auto for the newest whole one) into the model, write it to `output`, and return
+    that path.
 
-    The folder holds safetensors, the config with the stretched positions, the tokenizer, and a README with the recipe.
-    Weights get the model's dtype, unless `dtype` names another. Gates are no weights of it: they become a head pattern
-    beside it, deployed as `heads` says (the fields of HeadPattern.deployed). It is written beside its final name and
-    renamed. Raises InputError where there is nothing to export.
+    The folder holds safetensors, the config with the stretched positions, the tokenizer, the recipe and a README.
+    Weights get the model's dtype, unless `dtype` names another. Gates are not exported as weights: they become a head
+    pattern in the folder, deployed as `heads` says (the fields of HeadPattern.deployed). The folder is written under a
+    temporary name and then renamed. Raises InputError if there is nothing to export.
     """
     folder, target = RunFolder(run_dir), Path(output)
     if not folder.config.is_file():
@@ -58,19 +59,19 @@ def export(run_dir: str, checkpoint: str, output: str, dtype: str = "auto", **he
         parameter.data.copy_(found[name])
     pattern = _head_pattern(model, recipe, {"run": run_dir, "checkpoint": path.name}, heads)
     merged = cast(PreTrainedModel, model.merge_and_unload() if isinstance(model, PeftModel) else model)
-    for name, _ in [*merged.named_parameters()]:  # what the attention learned is nothing to plain transformers
+    for name, _ in [*merged.named_parameters()]:  # plain transformers does not know the attention's own parameters
         owner, _, leaf = name.rpartition(".")
         if leaf in recipe.attention.learned():
             delattr(merged.get_submodule(owner), leaf)
     merged.to(recipe.torch_dtype(recipe.config()) if dtype == "auto" else getattr(torch, dtype))
     aside = target.with_name(target.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
-    if pattern is not None:  # by the names under which the authors' code looks for them
+    if pattern is not None:  # under the names that DuoAttention's own code reads
         merged.config.update({"sink_size": pattern.num_sink_tokens, "recent_size": pattern.recent_size})
     merged.save_pretrained(aside)
     recipe.tokenizer.save_pretrained(aside)
     (aside / RECIPE).write_text(OmegaConf.to_yaml(cfg))
-    for weights in aside.glob("*.safetensors"):  # which that library lets none but their owner read
+    for weights in aside.glob("*.safetensors"):  # which safetensors makes readable by their owner only
         weights.chmod((aside / RECIPE).stat().st_mode)
     (aside / "README.md").write_text(_readme(cfg, path, pattern))
     if pattern is not None:
@@ -84,7 +85,7 @@ def export(run_dir: str, checkpoint: str, output: str, dtype: str = "auto", **he
 def _head_pattern(
     model: PreTrainedModel | PeftModel, recipe: ModelRecipe, origin: dict[str, str], heads: dict[str, float]
 ) -> HeadPattern | None:
-    """Of the gates that were trained, or the pattern that was trained under; None where the run has neither."""
+    """Return the head pattern of the trained gates, or the pattern that the run trained with; None without either."""
     if isinstance(recipe.attention, HeadPatternAttention):
         return recipe.attention.pattern.deployed(**heads)  # type: ignore[arg-type]
     gates = [p.detach() for name, p in model.named_parameters() if name.endswith(GATES) and p.requires_grad]

@@ -1,4 +1,4 @@
-"""From rows of document fragments to tensors."""
+"""Fill rows of document fragments into tensors."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -17,10 +17,10 @@ IGNORED = -100
 
 
 def fill(rows: Sequence[Row], length: int, table: TokenTable, pad_token_id: int) -> Batch:
-    """The rows' ids, labels and positions, each int64 [rows, length].
+    """Return the rows' ids, labels and positions, each int64 [rows, length], and the number of their tokens.
 
-    A label is the token that follows in the same document, known even at the end of a row that cuts it. Positions
-    restart at 0 with each fragment, the padding included, and nothing else marks the documents of a row.
+    A label is the token that follows in the same document, even if the row ends before that token. Positions restart at
+    0 with each fragment and with the padding, and nothing else marks the documents of a row.
     """
     shape = (len(rows), length)
     input_ids, labels = np.full(shape, pad_token_id), np.full(shape, IGNORED)

@@ -1,4 +1,4 @@
-"""Conversations to tune on: a column of messages, or columns that hold a prompt and its response."""
+"""Read conversations to tune on, from a field of messages or from fields that hold a prompt and its response."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRows(RowCorpus):
-    """Every record is a conversation.
+    """A corpus in which every record is a conversation.
 
-    Either `messages_field` names a list of {role, content}, or `prompt_fields` (joined by an empty line; missing and
-    empty ones are left out, but not all) and `response_field` make a conversation of two messages.
+    Either `messages_field` names a list of {role, content}, or `prompt_fields` and `response_field` make a conversation
+    of two messages. Prompt fields are joined by an empty line; missing and empty ones are left out, but not all may be.
     """
 
     messages_field: str | None
@@ -45,7 +45,10 @@ class ChatRows(RowCorpus):
 
 
 def checked(name: str, messages: Any) -> list[Message]:
-    """The messages, if they are an optional system message and then questions and answers in turn, an answer last."""
+    """Return the messages if they are an optional system message, then user and assistant in turn, assistant last.
+
+    Raises InputError for any other messages.
+    """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise InputError(f"{name}: messages must be a list of {{role, content}}")
     for i, message in enumerate(messages):
@@ -64,9 +67,9 @@ def checked(name: str, messages: Any) -> list[Message]:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatJsonl(ChatRows, JsonlRows):
-    """Conversations in JSONL."""
+    """A corpus of conversations in JSONL."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatHub(ChatRows, HubRows):
-    """Conversations in a dataset."""
+    """A corpus of conversations in a dataset."""

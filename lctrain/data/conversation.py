@@ -1,4 +1,4 @@
-"""Conversations through the tokenizer's chat template, with the answers marked: only they are trained on."""
+"""Encode conversations by the tokenizer's chat template and mark the answers, as only answers are trained on."""
 
 import re
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def encode_conversation(document: Document, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Ids, and 1 for each that belongs to an answer.
+    """Return the ids, and a mask that is 1 for each id of an answer.
 
-    A template that marks its answers with `{% generation %}` is taken at its word. Otherwise an answer is what
-    rendering one more message adds after the generation prompt, its end-of-turn mark included.
+    If the template marks answers with `{% generation %}`, its marks are used. Otherwise an answer is the text that
+    rendering the assistant's message adds after the generation prompt, its end-of-turn mark included.
     """
     if tokenizer.chat_template is None:
         raise InputError("the tokenizer has no chat template, which conversations need; use an instruct model's")
@@ -33,7 +33,7 @@ def encode_conversation(document: Document, tokenizer: PreTrainedTokenizerBase) 
 
 
 def answer_mask(offsets: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int]]) -> list[int]:
-    """1 for each token, given by its characters, that begins in one of `answers`."""
+    """Return 1 for each token that begins in one of `answers`, else 0; both are spans of characters."""
     begins = np.array([begin for begin, _ in offsets])
     within = np.zeros(len(begins), dtype=np.int8)
     for start, stop in answers:
@@ -42,7 +42,7 @@ def answer_mask(offsets: Sequence[tuple[int, int]], answers: Sequence[tuple[int,
 
 
 def _answer_spans(document: Document, text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
-    """Where in the rendered `text` each answer starts and stops, in characters."""
+    """Return the start and stop of each answer in the rendered `text`, in characters."""
     spans = []
     for i, message in enumerate(document.messages):
         if message["role"] != "assistant":

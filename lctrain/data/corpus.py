@@ -1,4 +1,4 @@
-"""What a corpus is: named documents, read one after the other, and a fingerprint that changes when they do."""
+"""Define a corpus: named documents, read one after the other, and a fingerprint that changes when the documents do."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -14,9 +14,9 @@ Message: TypeAlias = dict[str, str]  # role and content, as chat templates take 
 class Document:
     """A piece of text, or a conversation where `messages` is given.
 
-    Of a text with `answers`, pairs of a first character and one past the last, only these are to be predicted.
-    `name` decides whether the document is held out, so it must not depend on the machine. What follows a `#` in it
-    names a variant: all variants of one source stay on the same side of the split.
+    If a text has `answers`, pairs of a first character and one past the last, only these characters are predicted.
+    `name` decides whether the document is held out, so it must not depend on the machine. The part of the name after
+    `#` is a variant: all variants of one source stay on the same side of the split.
     """
 
     name: str
@@ -26,31 +26,31 @@ class Document:
 
     @property
     def source(self) -> str:
-        """The name without its variant."""
+        """Return the name without its variant."""
         return self.name.partition("#")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus(ABC):
-    """Documents from one place. The fields are the settings; reading happens only in `documents`."""
+    """A source of documents. The fields are the settings; only `documents` reads."""
 
     def __post_init__(self) -> None:  # noqa: B027  # most have nothing to refuse
-        """Refuses settings that cannot work; reads nothing."""
+        """Refuse settings that cannot work, without reading anything."""
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:
-        """Reads every document once, always in the same order; InputError names what cannot be used."""
+        """Read every document once, always in the same order. Raises an InputError that names what cannot be used."""
 
     def files(self) -> Sequence[Path]:
-        """The local files the documents come from; InputError where there are none."""
+        """Return the local files that the documents come from; raise InputError if expected files are missing."""
         return ()
 
     def size_hint(self) -> int | None:
-        """How many documents to expect, for progress only; None where counting would mean reading."""
+        """Return how many documents to expect, only to show progress; None if counting would mean reading."""
         return None
 
     def fingerprint(self) -> str:
-        """A digest of the settings and of each file's name, size and time of change; reads no document."""
+        """Return a digest of the settings and of each file's path, size and time of change; read no document."""
         digest = hashlib.sha256(repr(self).encode())
         for file in self.files():
             stat = file.stat()

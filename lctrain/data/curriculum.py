@@ -1,6 +1,6 @@
-"""How the length of the training rows grows. Tokens per optimizer step stay constant: shorter rows, more of them.
+"""Curricula: how the length of training rows grows. Tokens per optimizer step stay constant: shorter rows, more rows.
 
-Few distinct lengths, so that nothing recompiles from step to step.
+Distinct lengths are few, so that little recompiles.
 """
 
 from abc import ABC, abstractmethod
@@ -14,22 +14,22 @@ from lctrain.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Curriculum(ABC):
-    """The row length at each optimizer step; never above `sequence_length`, the target."""
+    """A row length for each optimizer step, never above the target `sequence_length`."""
 
     sequence_length: int
 
     @abstractmethod
     def length_at(self, step: int, tokens_per_step: int) -> int:
-        """Tokens in a row at optimizer step `step` (from 0)."""
+        """Return the number of tokens in a row at optimizer step `step` (from 0)."""
 
     @abstractmethod
     def lengths(self) -> list[int]:
-        """Every length that can occur, ascending."""
+        """Return every length that can occur, ascending."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed(Curriculum):
-    """The target length from the first step on."""
+    """A curriculum with the target length from the first step on."""
 
     def length_at(self, step: int, tokens_per_step: int) -> int:
         return self.sequence_length
@@ -40,8 +40,10 @@ class Fixed(Curriculum):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One length: `sequence_length` tokens or a `fraction` of the target, for so many `steps`, so many `tokens`, or a
-    `share` of the run's steps. Without any of the three it lasts to the end."""
+    """A part of a curriculum with one row length: `sequence_length` tokens or a `fraction` of the target.
+
+    It lasts a number of `steps`, a number of `tokens` or a `share` of the run's steps, or else to the end of the run.
+    """
 
     sequence_length: int | None = None
     fraction: float | None = None
@@ -57,11 +59,11 @@ class Stage:
             raise InputError(f"{self}: give one positive steps, tokens or share, or none for a stage without end")
 
     def length(self, target: int) -> int:
-        """Tokens in a row, for a curriculum that ends at `target`."""
+        """Return the number of tokens in a row, for a curriculum with this target length."""
         return self.sequence_length if self.sequence_length is not None else round((self.fraction or 0) * target)
 
     def num_steps(self, num_steps: int, tokens_per_step: int) -> float:
-        """How many optimizer steps the stage lasts in a run of `num_steps`; tokens are rounded up to whole steps."""
+        """Return how many steps the stage lasts in a run of `num_steps`; tokens are rounded up to whole steps."""
         if self.tokens is not None:
             return ceil(self.tokens / tokens_per_step)
         if self.share is not None:
@@ -71,9 +73,9 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Staged(Curriculum):
-    """Stages one after the other, as in LongLoRA's and ProLong's recipes. The last goes on to the end of the run.
+    """A curriculum of consecutive stages, as in LongLoRA's and ProLong's recipes. The last one lasts to the run's end.
 
-    `num_steps`, the run's optimizer steps, is what a stage's `share` is a share of.
+    `num_steps` is the number of the run's optimizer steps, which the `share` of a stage refers to.
     """
 
     num_steps: int
@@ -112,10 +114,11 @@ class Staged(Curriculum):
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Curriculum):
-    """Equal stages of `num_lengths` evenly spaced lengths, from `start_fraction` of the target to the target.
+    """A curriculum of `num_lengths` equally long stages with evenly spaced lengths, from `start_fraction` of the target
+    to the target.
 
-    The target is reached for the last of the stages, which together last `num_steps`; every length but the target is
-    rounded up to `multiple_of`.
+    The stages together last `num_steps`, and the last one has the target length and goes on to the end of the run.
+    Every length but the target is rounded up to `multiple_of`.
     """
 
     start_fraction: float

@@ -1,4 +1,4 @@
-"""From a corpus to the batches of every step, for Lightning."""
+"""The Lightning data module that makes the batches of every step from a corpus."""
 
 import logging
 from collections.abc import Iterator
@@ -22,14 +22,15 @@ logger = logging.getLogger(__name__)
 
 
 class LongContextData(lightning.LightningDataModule):
-    """Endless training batches whose rows grow with the curriculum, and a fixed set of held-out ones.
+    """A data module with endless training batches, whose rows grow with the curriculum, and fixed held-out batches.
 
-    corpus, tokenizer: tokenized once into `cache_dir`.
-    sequence_length, micro_batch_size: the target; a micro-batch has their product of tokens at every length.
+    corpus, tokenizer: the corpus is tokenized once into `cache_dir`.
+    sequence_length, micro_batch_size: the target row length, and the rows of that length in a micro-batch, which has
+    the product of both in tokens at every length.
     packing: `stream` (documents cut where a row ends) or `whole` (documents never cut; for conversations).
     heldout_fraction: share of the documents, chosen by name, that is never trained on.
-    num_heldout_tokens: how many of their tokens validation reads.
-    sequence_parallel_size: how many neighbouring ranks share each row, a part each.
+    num_heldout_tokens: number of held-out tokens that validation reads.
+    sequence_parallel_size: number of neighbouring ranks that share each row, one part each.
     """
 
     def __init__(
@@ -66,11 +67,11 @@ class LongContextData(lightning.LightningDataModule):
         self.cache_dir, self.seed, self.sequence_parallel_size = cache_dir, seed, sequence_parallel_size
 
     def prepare_data(self) -> None:
-        """Tokenizes, where the cache does not hold it yet."""
+        """Tokenize the corpus if the cache does not hold its tokens yet."""
         tokenize(self.corpus, self.tokenizer, self.cache_dir)
 
     def setup(self, stage: str) -> None:
-        """Maps the cache and refuses a corpus that leaves nothing to train on or nothing held out."""
+        """Map the cache into memory, and refuse a corpus that leaves nothing to train on or nothing held out."""
         train, heldout = self.train_documents, self.unseen_documents
         if not len(heldout) or not len(train):
             raise InputError(
@@ -78,14 +79,14 @@ class LongContextData(lightning.LightningDataModule):
                 f"give more documents or change datamodule.heldout_fraction={self.heldout_fraction}"
             )
         if stage == "fit":
-            self.packer.length_at(0)  # refuses now what it cannot pack
+            self.packer.length_at(0)  # building the packer refuses documents that it cannot pack
 
     def train_dataloader(self) -> "TrainingBatches":
-        """Endless; starts wherever the trainer stands."""
+        """Return the endless training batches, which start at the trainer's step."""
         return TrainingBatches(self)
 
     def val_dataloader(self) -> "HeldoutBatches":
-        """Held-out rows of the target length. Each rank gets as many batches as the others."""
+        """Return held-out rows of the target length, with equally many batches on each rank."""
         documents, lengths = self.unseen_documents, self.table.lengths
         ends = np.cumsum(lengths[documents])
         num_tokens, size = min(self.num_heldout_tokens, int(ends[-1])), self.sequence_length
@@ -96,26 +97,29 @@ class LongContextData(lightning.LightningDataModule):
         return HeldoutBatches([self._mine([fill(batch, size, self.table, self.pad_token_id)])[0] for batch in mine])
 
     def state_dict(self) -> dict[str, int]:
-        """The data's position is the step, as long as steps stay as large."""
+        """Return the tokens per step: as long as this number stays the same, the step alone determines the batches."""
         return {"tokens_per_step": self.tokens_per_step}
 
     def heldout_documents(self) -> list[npt.NDArray[np.int32]]:
-        """Every held-out source's tokens, in an order that is the same on every machine."""
+        """Return every held-out source's tokens, in an order that is the same on every machine."""
         return [self.table.tokens(document) for document in self.unseen_documents]
 
     def documents(self) -> list[npt.NDArray[np.int32]]:
-        """Every source's tokens, trained on or not, in the same order."""
+        """Return every source's tokens, whether held out or not, in the same order on every machine."""
         return [self.table.tokens(document) for document in np.unique(self.table.source_hash, return_index=True)[1]]
 
     def step_batches(self, step: int) -> list[Batch]:
-        """This rank's part of its micro-batches of an optimizer step."""
+        """Return this rank's micro-batches of an optimizer step, with this rank's part of each row."""
         length = self.packer.length_at(step)
         indices = range(self.mesh.data_parallel_rank, self.packer.num_micro_batches, self.mesh.data_parallel_size)
         rows = (self.packer.rows(step, index) for index in indices)
         return self._mine([fill(batch, length, self.table, self.pad_token_id) for batch in rows])
 
     def _mine(self, batches: list[Batch]) -> list[Batch]:
-        """This rank's part of each row, with the step's valid tokens in it. A row's tokens are counted on one rank."""
+        """Return this rank's part of each row, and the number of the step's valid tokens in these parts.
+
+        `num_tokens` is set on the first of the ranks that share a row and 0 on the others, so that it counts once.
+        """
         part = self.mesh.part(batches[0]["input_ids"].shape[1])
         first = self.mesh.sequence_parallel_rank == 0
         mine = [
@@ -131,7 +135,7 @@ class LongContextData(lightning.LightningDataModule):
 
     @cached_property
     def mesh(self) -> Mesh:
-        """Which rows are this rank's, and which part of them."""
+        """The mesh of ranks, which tells which rows this rank reads and which part of each."""
         return Mesh(
             rank=self.attached.global_rank,
             world_size=self.attached.world_size,
@@ -140,7 +144,7 @@ class LongContextData(lightning.LightningDataModule):
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of an optimizer step, over all ranks, padding included."""
+        """Return the number of tokens in an optimizer step, over all ranks and with padding."""
         per_micro_batch = self.micro_batch_size * self.sequence_length
         return per_micro_batch * self.attached.accumulate_grad_batches * self.mesh.data_parallel_size
 
@@ -151,30 +155,30 @@ class LongContextData(lightning.LightningDataModule):
 
     @cached_property
     def train_documents(self) -> Ints:
-        """Numbers of the documents that are trained on."""
+        """The numbers of the documents that are trained on."""
         return np.flatnonzero(self.table.source_hash >= self.heldout_fraction)
 
     @cached_property
     def unseen_documents(self) -> Ints:
-        """Numbers of the held-out documents, one a source (repeats and variants would count a text twice)."""
+        """The numbers of the held-out documents, one per source (repeats and variants would count a text twice)."""
         hashes, first = np.unique(self.table.source_hash, return_index=True)
         return first[hashes < self.heldout_fraction]
 
     @property
     def attached(self) -> lightning.Trainer:
-        """The trainer, which knows the step, the ranks and how many batches make a step."""
+        """Return the trainer, which knows the step, the ranks and the number of micro-batches in a step."""
         if self.trainer is None:
             raise RuntimeError("batches need a trainer: trainer.fit(module, datamodule=...) attaches it")
         return self.trainer
 
     @property
     def pad_token_id(self) -> int:
-        """What stands behind the last document of a row; nothing attends to it and it predicts nothing."""
+        """Return the id that fills a row after its last document; no document attends to it and it has no label."""
         return self.tokenizer.eos_token_id or 0
 
     @cached_property
     def packer(self) -> Packing:
-        """Says which tokens each micro-batch is made of."""
+        """The packing, which determines the tokens of each micro-batch."""
         for documents, use in ((self.train_documents, "to train on"), (self.unseen_documents, "held out")):
             logger.info("%d documents, %d tokens %s", len(documents), self.table.lengths[documents].sum(), use)
         return PACKINGS[self.packing](
@@ -188,7 +192,7 @@ class LongContextData(lightning.LightningDataModule):
 
 
 class TrainingBatches:
-    """Iterating starts at the trainer's step, so a resumed run goes on where it stopped."""
+    """An endless iterable of batches from the trainer's step on, so that a resumed run goes on where it stopped."""
 
     def __init__(self, data: LongContextData) -> None:
         self.data = data
@@ -201,7 +205,7 @@ class TrainingBatches:
 
 
 class HeldoutBatches:
-    """A plain list, in a class of its own: Lightning takes a list for several loaders."""
+    """A list of batches that is not a `list`, which Lightning would treat as several loaders."""
 
     def __init__(self, batches: list[Batch]) -> None:
         self.batches = batches

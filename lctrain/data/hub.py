@@ -1,4 +1,4 @@
-"""Whatever the `datasets` library reads: a name on the Hugging Face hub, or a local folder."""
+"""Read what the `datasets` library can read: a name on the Hugging Face hub, or a local folder."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,10 +14,11 @@ from lctrain.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class HubRows(RowCorpus):
-    """The records of one split of the dataset `name`: a hub name, or a folder of data files or of `save_to_disk`.
+    """A corpus of the records in one split of the dataset `name`: a hub name, or a folder that holds data files or was
+    written by `save_to_disk`.
 
-    `config`, `data_dir` and `revision` choose among what the dataset offers. With `streaming`, only what is read is
-    downloaded, and reading stops after `max_documents` (null: all).
+    `config`, `data_dir` and `revision` choose a part or version of the dataset. Reading stops after `max_documents`
+    records (null: all); with `streaming`, only the records that are read are downloaded.
     """
 
     name: str
@@ -45,7 +46,7 @@ class HubRows(RowCorpus):
             for row in islice(rows, self.max_documents):
                 yield f"{Path(self.name).name}/{self.config or 'default'}/{self.split}/{number}", row
                 number += 1
-        except Exception as error:  # the network, a file's format: each library behind `datasets` raises its own
+        except Exception as error:  # the libraries that `datasets` uses for networks and formats raise their own errors
             raise InputError(f"dataset {self.name!r}, split {self.split!r}, row {number}: {_reason(error)}") from error
 
     def _open(self) -> Any:
@@ -73,4 +74,4 @@ def _reason(error: Exception) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class HubCorpus(HubRows, TextRows):
-    """A dataset with a text column."""
+    """A corpus of the texts in one column of a dataset."""

@@ -1,4 +1,4 @@
-"""Several corpora as one."""
+"""Mix several corpora into one."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from lctrain.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureCorpus(Corpus):
-    """The documents of the named `corpora`, each read `epochs[name]` times in one epoch of the mixture.
+    """A corpus of the documents of the named `corpora`, each read `epochs[name]` times in one epoch of the mixture.
 
-    2 means that every document comes twice. A fraction keeps that share of the documents, chosen by name.
+    With 2, every document comes twice. A fraction keeps that share of the documents, chosen by name.
     """
 
     corpora: Mapping[str, Corpus]

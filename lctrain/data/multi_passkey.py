@@ -1,4 +1,7 @@
-"""Several long pass keys in one text, all asked for at the end (DuoAttention, Xiao et al., arXiv:2410.10819, §2.3)."""
+"""Hide several long pass keys in one text and ask for all of them at its end.
+
+From DuoAttention (Xiao et al., arXiv:2410.10819, §2.3).
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +14,7 @@ import numpy.typing as npt
 from lctrain.data.corpus import Corpus, Document
 from lctrain.errors import InputError
 
-WORDS = (  # the radiotelephony alphabet: no word is a guess from the ones before
+WORDS = (  # the radiotelephony alphabet: no word can be guessed from the words before it
     *("alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india", "juliett", "kilo", "lima"),
     *("mike", "november", "oscar", "papa", "quebec", "romeo", "sierra", "tango", "uniform", "victor", "whiskey"),
     *("xray", "yankee", "zulu"),
@@ -24,26 +27,27 @@ ORDINALS = (
 
 
 def needle(ordinal: str, passkey: str) -> str:
-    """The paragraph that hides a pass key."""
+    """Return the paragraph that states a pass key."""
     return f"\n\nKeep this in mind: the {ordinal} passkey is {passkey}.\n\n"
 
 
 def question(ordinal: str) -> str:
-    """To be continued with a space and the pass key."""
+    """Return the question for a pass key, to be continued with a space and the pass key."""
     return f"\nWhich words were the {ordinal} passkey? The {ordinal} passkey is"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MultiPasskeyCorpus(Corpus):
-    """Documents in which only what was read far before helps: where heads that retrieve show.
+    """A corpus whose answers can be predicted only from text read far before, which shows the heads that retrieve.
 
-    Document i takes as many characters of the haystack as the schedule says, one of `num_lengths` evenly spaced from
-    `min_characters` to `max_characters`, in turn. Its `num_passkeys` pass keys of `passkey_words` words stand at as
-    many of `num_depths` depths, evenly spaced from `min_depth` to `max_depth` of the haystack. The answers are all
-    there is to predict; with `include_questions`, which the authors' code trains on too, the questions as well.
+    The documents take from the haystack, in turn, one of `num_lengths` numbers of characters, evenly spaced from
+    `min_characters` to `max_characters`. Each hides `num_passkeys` pass keys of `passkey_words` words, at depths drawn
+    from `num_depths` depths that are evenly spaced from `min_depth` to `max_depth` of its haystack. Only the answers
+    are predicted; with `include_questions`, the questions as well, as in the authors' code.
 
-    Deviations: lengths are characters, without pass keys and questions, so that no tokenizer decides them; the authors'
-    are tokens. A haystack goes on with the following sources where one is too short, and the first names it.
+    Deviations: lengths are in characters, without pass keys and questions, so that they do not depend on a tokenizer;
+    the authors' are in tokens. If a source is too short, a haystack goes on with the following sources and is named
+    after the first.
     """
 
     haystack: Corpus
@@ -82,7 +86,7 @@ class MultiPasskeyCorpus(Corpus):
             yield self._hide(f"{source}#multi_passkey-{i}", text, np.random.default_rng((self.seed, i)))
 
     def _haystacks(self) -> Iterator[tuple[str, str]]:
-        """Source and text, endlessly, of the lengths of the schedule."""
+        """Yield source and text of endless haystacks, with the scheduled lengths in turn."""
         lengths = cycle(np.linspace(self.min_characters, self.max_characters, self.num_lengths).astype(int).tolist())
         length, names, text = next(lengths), list[str](), ""
         while True:

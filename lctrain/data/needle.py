@@ -1,4 +1,4 @@
-"""A fact hidden in a haystack and asked for behind it: the prompts of every needle test."""
+"""Make the prompts of needle tests: a fact hidden in a haystack, and a question for the fact after it."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,14 @@ from transformers import PreTrainedTokenizerBase
 
 from lctrain.errors import InputError
 
-_CONTENT = "THE-HAYSTACK"  # stands for it while a chat template is rendered
+_CONTENT = "THE-HAYSTACK"  # placeholder for the haystack while a chat template is rendered
 
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenFact:
-    """`needle` is hidden in the haystack, `question` stands behind it, and behind `opening` should follow `answer`."""
+    """A fact to hide: a prompt is the haystack with `needle` in it, then `question` and `opening`, and `answer` should
+    follow.
+    """
 
     needle: str
     question: str
@@ -29,11 +31,11 @@ class HiddenFact:
         depth: float,
         chat_template: str | None = None,
     ) -> npt.NDArray[np.int64]:
-        """Ids of exactly `num_tokens` tokens, the needle `depth` (0 = start, 1 = end) of the way into the haystack, of
-        which as much is taken as there is room for.
+        """Return a prompt of exactly `num_tokens` ids, with the needle at `depth` (0 = start, 1 = end) of the haystack.
 
-        Under a chat template haystack and question are the user's message, and `opening` is how the assistant begins.
-        InputError where `num_tokens` has no room for the rest, or the haystack is shorter than the prompt needs.
+        The haystack is cut to the tokens that the rest leaves. Under a chat template, haystack and question are the
+        user's message, and `opening` begins the assistant's. Raises InputError if `num_tokens` is too few for the rest,
+        or the haystack is too short.
         """
         before, behind = self._frame(tokenizer, chat_template)
         hidden = tokenizer.encode(self.needle, add_special_tokens=False)
@@ -47,7 +49,7 @@ class HiddenFact:
         return np.concatenate([before, text[:cut], hidden, text[cut:], behind]).astype(np.int64)
 
     def _frame(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> tuple[list[int], list[int]]:
-        """What stands before and behind the haystack."""
+        """Return the ids before and behind the haystack."""
         if chat_template is None:
             start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
             return start, tokenizer.encode(self.question + self.opening, add_special_tokens=False)
@@ -67,7 +69,7 @@ class HiddenFact:
 
 
 def named_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
-    """The tokenizer's chat template of that name; where it has a single one, that is called default."""
+    """Return the tokenizer's chat template of this name; a single unnamed template is called default."""
     own = tokenizer.chat_template
     templates = own if isinstance(own, dict) else {"default": own} if own else {}
     if not templates:

@@ -1,6 +1,7 @@
-"""Which tokens stand in which row. A micro-batch is a pure function of corpus, seed, step and its number in the step.
+"""Pack documents into rows. A micro-batch is a pure function of the corpus, the seed, the step and its index in the
+step.
 
-So resuming needs nothing but the step, and any split of a step over ranks and accumulation gives the same tokens.
+So resuming needs only the step, and any split of a step over ranks and accumulation gives the same tokens.
 """
 
 import logging
@@ -24,7 +25,7 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 
 
 def cut(documents: Ints, ends: Ints, begin: int, stop: int) -> Row:
-    """Tokens `begin` to `stop` of the concatenated `documents`, whose running total of tokens is `ends`."""
+    """Return tokens `begin` to `stop` of the concatenated `documents`; `ends` is the running total of their tokens."""
     row = []
     for i in range(int(np.searchsorted(ends, begin, side="right")), len(ends)):
         start = int(ends[i - 1]) if i else 0
@@ -36,10 +37,10 @@ def cut(documents: Ints, ends: Ints, begin: int, stop: int) -> Row:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Packing(ABC):
-    """Rows for each of a step's micro-batches.
+    """A way to make the rows of each micro-batch of a step.
 
-    documents: numbers of the documents to train on. lengths: tokens of every document of the corpus.
-    num_micro_batches: in an optimizer step, over all ranks.
+    documents: the numbers of the documents to train on. lengths: the tokens in each document of the corpus.
+    num_micro_batches: the micro-batches in an optimizer step, over all ranks.
     """
 
     documents: Ints
@@ -51,15 +52,18 @@ class Packing(ABC):
 
     @abstractmethod
     def rows(self, step: int, index: int) -> list[Row]:
-        """The rows of micro-batch `index` (over all ranks) of `step`: together at most `micro_batch_tokens`."""
+        """Return the rows of micro-batch `index` (over all ranks) of `step`, at most `micro_batch_tokens` tokens."""
 
     def length_at(self, step: int) -> int:
-        """Tokens in a row at `step`."""
+        """Return the number of tokens in a row at `step`."""
         return self.curriculum.length_at(step, self.micro_batch_tokens * self.num_micro_batches)
 
     @cached_property
     def epoch(self) -> Callable[[int], tuple[Ints, Ints]]:
-        """An epoch's order of documents, and the running total of their tokens; a row can touch two epochs."""
+        """A function from an epoch to its order of documents and the running total of their tokens.
+
+        It caches two epochs, because a row can contain tokens of two.
+        """
         return lru_cache(maxsize=2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> tuple[Ints, Ints]:
@@ -69,7 +73,7 @@ class Packing(ABC):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StreamPacking(Packing):
-    """The shuffled documents as one endless stream, cut into rows: no token is lost, long documents are continued."""
+    """A packing of the shuffled documents as one endless stream, cut into rows, so that no token is lost."""
 
     def rows(self, step: int, index: int) -> list[Row]:
         begin = (step * self.num_micro_batches + index) * self.micro_batch_tokens
@@ -92,10 +96,11 @@ class StreamPacking(Packing):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WholePacking(Packing):
-    """Whole documents, shuffled; each goes behind the one before if it fits there, else into the next row (next-fit).
+    """A packing of whole, shuffled documents: each joins the current row if it fits, else the next row where it does
+    (next-fit).
 
-    A document longer than the row is dropped at that length, which the log counts. Where a step starts depends on the
-    steps before it, so they are replayed, over lengths only (about a microsecond a document).
+    A document longer than the row is dropped at that row length, and the log says how many are. The document at which a
+    step starts depends on earlier steps, so these are replayed, over lengths only (about a microsecond per document).
     """
 
     def __post_init__(self) -> None:
@@ -106,7 +111,7 @@ class WholePacking(Packing):
             logger.info("rows of %d tokens drop %d of %d documents", length, dropped, len(self.documents))
 
     def num_dropped(self, length: int) -> int:
-        """How many documents are too long for a row of `length`."""
+        """Return how many documents are too long for a row of `length`."""
         return int((self.lengths[self.documents] > length).sum())
 
     def rows(self, step: int, index: int) -> list[Row]:
@@ -117,7 +122,7 @@ class WholePacking(Packing):
 
     @cached_property
     def _starts(self) -> list[int]:
-        """How many documents were passed before each step, as far as it is known."""
+        """The number of documents passed before each step, for the steps packed so far and the next."""
         return [0]
 
     @cached_property
@@ -125,7 +130,7 @@ class WholePacking(Packing):
         return lru_cache(maxsize=1)(self._pack)
 
     def _pack(self, step: int) -> tuple[list[Row], int]:
-        """The rows of the whole step, and how many documents have been passed after it."""
+        """Return the rows of the whole step, and the number of documents passed after it."""
         rooms = self._rooms(self.length_at(step))
         rows: list[Row] = [[] for _ in rooms]
         longest, at, number = max(rooms), 0, self._starts[step]
@@ -142,7 +147,7 @@ class WholePacking(Packing):
             number += 1
 
     def _rooms(self, length: int) -> list[int]:
-        """Tokens that each row of a step can take: the last of a micro-batch gets what is left of it."""
+        """Return the tokens that each row of a step can take; a micro-batch's last row takes the remainder."""
         full, rest = divmod(self.micro_batch_tokens, length)
         return ([length] * full + [rest] * (rest > 0)) * self.num_micro_batches
 

@@ -1,4 +1,4 @@
-"""Recall of a pass key hidden in other text (Mohtashami and Jaggi, arXiv:2305.16300): documents and wording."""
+"""Make documents that hide a pass key in other text and ask for it (Mohtashami and Jaggi, arXiv:2305.16300)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from lctrain.data.corpus import Corpus, Document
 from lctrain.data.needle import HiddenFact
 from lctrain.errors import InputError
 
-PASS_KEY = "pass key"  # the wording that evaluation asks for
+PASS_KEY = "pass key"  # the label that evaluation uses
 LABELS = (PASS_KEY, "magic number", "door code", "serial number", "ticket number", "account number", "lucky number")
 
 
 def numbered(label: str, answer: str) -> HiddenFact:
-    """A line that hides a number in the text, and how it is asked for."""
+    """Return a fact that states a number under `label`, with its question."""
     return HiddenFact(
         needle=f"\nThe {label} is {answer}. Remember it. {answer} is the {label}.\n",
         question=f"\nWhat is the {label}?",
@@ -25,17 +25,18 @@ def numbered(label: str, answer: str) -> HiddenFact:
 
 
 def digits(rng: np.random.Generator, num_digits: int) -> str:
-    """A uniformly drawn number without leading zero."""
+    """Return a uniformly drawn number of `num_digits` digits, without leading zero."""
     return str(rng.integers(10 ** (num_digits - 1), 10**num_digits))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PasskeyCorpus(Corpus):
-    """Recall documents made from the texts of another corpus.
+    """A corpus of recall documents made from the texts of another corpus.
 
-    Each takes a run of lines of one haystack document, `min_characters` to `max_characters` long (log-uniform, up to
-    what the document has), hides up to `max_needles` differently named numbers at random depths, and ends by asking
-    for each of them. It is a variant of its haystack document, so held-out text stays held out.
+    Each document takes consecutive lines of one haystack document, `min_characters` to `max_characters` long
+    (log-uniform, at most the whole text), hides up to `max_needles` differently named numbers at random depths, and
+    ends with questions and answers for all of them. It is a variant of its haystack document, so that held-out text
+    stays held out.
     """
 
     haystack: Corpus

@@ -1,4 +1,4 @@
-"""Records with named fields, and the corpora that take their text from them."""
+"""Read records with named fields, and make corpora of them."""
 
 import json
 import logging
@@ -16,15 +16,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class RowCorpus(Corpus, ABC):
-    """A corpus of records. Where they come from and what is made of them are two classes, joined by inheritance."""
+    """A corpus of records. One subclass reads records, another makes documents of them; a third inherits from both."""
 
     @abstractmethod
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Each record, and a name that says where it stands."""
+        """Yield pairs of a name, which tells where the record comes from, and the record."""
 
 
 def field(name: str, row: dict[str, Any], key: str) -> Any:
-    """`row[key]`; InputError where the record has no such field."""
+    """Return `row[key]`; raise an InputError with the record's `name` if it has no such field."""
     if key not in row:
         raise InputError(f"{name}: no field {key!r}; it has {', '.join(map(repr, row)) or 'none'}")
     return row[key]
@@ -32,7 +32,7 @@ def field(name: str, row: dict[str, Any], key: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class TextRows(RowCorpus):
-    """Every record's `text_field` is a document."""
+    """A corpus in which the `text_field` of every record is a document."""
 
     text_field: str
 
@@ -46,7 +46,7 @@ class TextRows(RowCorpus):
 
 @dataclass(frozen=True, kw_only=True)
 class JsonlRows(RowCorpus, FileCorpus):
-    """The lines of a JSONL file, or of those of a folder; blank ones do not count."""
+    """A corpus whose records are the lines of a JSONL file or of a folder of such files; blank lines are skipped."""
 
     def rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         num_skipped = 0
@@ -63,7 +63,7 @@ class JsonlRows(RowCorpus, FileCorpus):
 
 
 def parse(line: str, where: str) -> dict[str, Any]:
-    """The JSON object in `line`; an InputError names `where`."""
+    """Return the JSON object in `line`; raise an InputError that names `where` if it holds none."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -75,4 +75,4 @@ def parse(line: str, where: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class JsonlCorpus(JsonlRows, TextRows):
-    """JSONL with a text field."""
+    """A corpus of the texts in one field of JSONL records."""

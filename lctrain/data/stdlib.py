@@ -1,4 +1,4 @@
-"""The running interpreter's own standard library: a text that every machine has."""
+"""Read the running interpreter's standard library, a text that every machine has."""
 
 import logging
 import os
@@ -18,9 +18,9 @@ TESTS = {"test", "tests", "idle_test"}
 
 @dataclass(frozen=True, kw_only=True)
 class StdlibCorpus(Corpus):
-    """Every .py file of the standard library, named by its path in it.
+    """A corpus of every .py file of the standard library, named by its path there.
 
-    The test packages hold files that are invalid on purpose; those are skipped and counted.
+    The test packages hold files that are invalid on purpose; such files are skipped and counted.
     """
 
     include_tests: bool = False
@@ -29,7 +29,7 @@ class StdlibCorpus(Corpus):
         excluded = INSTALLED if self.include_tests else INSTALLED | TESTS
         found = []
         for folder, subfolders, names in os.walk(self._root):
-            subfolders[:] = [name for name in subfolders if name not in excluded]  # what was installed can be huge
+            subfolders[:] = [name for name in subfolders if name not in excluded]  # installed packages can be huge
             found += [Path(folder, name) for name in names if name.endswith(".py")]
         return sorted(found)
 

@@ -12,10 +12,10 @@ from lctrain.errors import InputError
 
 
 class TokenTable:
-    """Documents by number. Nothing is copied until a batch is filled."""
+    """A table of documents by number. Nothing is copied until a batch is filled."""
 
     def __init__(self, path: Path) -> None:
-        """Maps `path`; InputError where it is no whole Arrow stream."""
+        """Map `path` into memory. Raises InputError if it is not a whole Arrow stream."""
         try:
             with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
                 self._table = stream.read_all()
@@ -24,24 +24,24 @@ class TokenTable:
 
     @cached_property
     def source_hash(self) -> npt.NDArray[np.float64]:
-        """Of each document's source, in [0, 1)."""
+        """The hash of each document's source, in [0, 1)."""
         return np.asarray(self._table.column("source_hash"))
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each document."""
+        """The number of tokens in each document."""
         return np.concatenate([np.diff(offsets) for offsets, _ in self._lists["input_ids"]]).astype(np.int64)
 
     def names(self) -> list[str]:
-        """The documents' names."""
+        """Return the documents' names."""
         return list(self._table.column("name").to_pylist())
 
     def tokens(self, document: int) -> npt.NDArray[np.int32]:
-        """A read-only view of the document's tokens."""
+        """Return a read-only view of the document's tokens."""
         return self._view("input_ids", document)
 
     def loss_mask(self, document: int) -> npt.NDArray[np.int8] | None:
-        """1 where a token is to be predicted; None where every one is."""
+        """Return a mask that is 1 for each token to be predicted; None if all are."""
         return self._view("loss_mask", document) if self._has_mask[document] else None
 
     def _view(self, column: str, document: int) -> npt.NDArray[Any]:
@@ -52,7 +52,7 @@ class TokenTable:
 
     @cached_property
     def _lists(self) -> dict[str, list[tuple[npt.NDArray[np.int32], npt.NDArray[Any]]]]:
-        """Each list column's chunks: where every list begins, and all their values."""
+        """The chunks of each list column, as the offsets at which lists begin, and their values."""
         columns = {name: self._table.column(name).chunks for name in ("input_ids", "loss_mask")}
         return {name: [(c.offsets.to_numpy(), c.values.to_numpy()) for c in chunks] for name, chunks in columns.items()}
 

@@ -1,4 +1,4 @@
-"""Folders of text or code, one document a file."""
+"""Read folders of text or code, one document per file."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -16,10 +16,10 @@ DecodingErrors = Literal["strict", "skip", "replace"]
 
 @dataclass(frozen=True, kw_only=True)
 class FileCorpus(Corpus):
-    """The UTF-8 files under `path` (a file, or a folder searched with `patterns`; hidden files are left out).
+    """A corpus of the UTF-8 files under `path` (a file, or a folder searched with `patterns`, without hidden files).
 
-    `errors` says what an invalid byte does: `strict` refuses the file by name, `skip` leaves its document out and
-    counts it, `replace` puts U+FFFD in its place.
+    `errors` says what happens at an invalid byte: `strict` raises an InputError that names the file, `skip` leaves out
+    the document and counts it, `replace` puts U+FFFD in the byte's place.
     """
 
     path: str
@@ -43,19 +43,19 @@ class FileCorpus(Corpus):
         return found
 
     def name(self, file: Path) -> str:
-        """The file's path under the corpus, the same on every machine."""
+        """Return the file's path relative to the corpus, which is the same on every machine."""
         root = Path(self.path).expanduser()
         return file.name if file == root else file.relative_to(root).as_posix()
 
     def open(self, file: Path) -> BinaryIO:
-        """The file's bytes; InputError where it cannot be read."""
+        """Open the file for reading bytes. Raises InputError if it cannot be read."""
         try:
             return file.open("rb")
         except OSError as error:
             raise InputError(f"{file}: cannot be read ({error.strerror})") from error
 
     def decode(self, raw: bytes, where: str) -> str | None:
-        """`raw` as text, or None where it is to be skipped; an InputError names `where`."""
+        """Return `raw` as text, or None to skip it. Raises an InputError that names `where` if errors are strict."""
         try:
             return raw.decode("utf-8", "replace" if self.errors == "replace" else "strict")
         except UnicodeDecodeError as error:
@@ -67,7 +67,7 @@ class FileCorpus(Corpus):
 
 @dataclass(frozen=True, kw_only=True)
 class TextCorpus(FileCorpus):
-    """A file or a folder of text or code: every file is a document."""
+    """A corpus of a file or a folder of text or code, in which every file is a document."""
 
     def size_hint(self) -> int:
         return len(self.files())

@@ -1,4 +1,4 @@
-"""From documents to tokens, once: encoded on all cores and kept as a memory-mapped Arrow file."""
+"""Tokenize documents once, on all cores, into an Arrow file that is read by memory mapping."""
 
 import hashlib
 import logging
@@ -32,14 +32,14 @@ SCHEMA = pa.schema(
 )
 FORMAT = 1  # part of the fingerprint: raise it when the meaning of the file changes
 PLAIN = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}  # "</s>" in a text is text
-BATCH_CHARACTERS = 2**21  # enough to keep every core busy, little enough to hold
+BATCH_CHARACTERS = 2**21  # enough to keep every core busy, few enough to fit in memory
 
 
 def tokenize(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, cache_dir: str | Path) -> TokenTable:
-    """The tokens of every document, from the cache or newly written there.
+    """Return the tokens of every document, from the cache or newly written there.
 
-    Text gets the tokenizer's BOS in front and its EOS behind where it has them; a conversation is what the chat
-    template makes of it. The file appears under its final name only once whole, so neither an interrupted run nor two
+    A text gets the tokenizer's BOS in front and its EOS behind, if the tokenizer has them; a conversation is encoded by
+    the chat template. The file gets its final name only once it is whole, so that neither an interrupted run nor two
     runs at once can leave half a cache. It is a plain Arrow stream: `datasets.Dataset.from_file` reads it too.
     """
     path = Path(cache_dir).expanduser() / f"{fingerprint(corpus, tokenizer)}.arrow"
@@ -49,7 +49,7 @@ def tokenize(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, cache_dir: str 
 
 
 def fingerprint(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Changes with anything that would change a token."""
+    """Return a digest that changes with anything that would change a token."""
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
     parts = (FORMAT, corpus.fingerprint(), backend, tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
@@ -57,7 +57,7 @@ def fingerprint(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _write(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     documents = corpus.documents()
-    first = next(documents, None)  # whatever is wrong with the corpus as such shows here, before anything is written
+    first = next(documents, None)  # errors of the corpus as a whole are raised here, before anything is written
     if first is None:
         raise InputError(f"the corpus is empty: {corpus}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def _encode(batch: list[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
-    """One row a document, in order. The texts go to the tokenizer together: its own threads share them out."""
+    """Yield one record per document, in order. All texts go to the tokenizer together, whose threads share the work."""
     texts = [document.text for document in batch if not document.messages]
     marked = any(document.answers for document in batch)
     if marked and not tokenizer.is_fast:

@@ -1,1 +1,1 @@
-"""Building the model: load, stretch its positions, swap its attention, choose what trains."""
+"""Build the model: load it, stretch its positions, replace its attention, choose what trains."""

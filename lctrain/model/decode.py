@@ -1,7 +1,7 @@
-"""Greedy decoding a token at a time, with little work for the host.
+"""Decode greedily, one token at a time, with little work for the host.
 
-A decoding step of an 8B model is more than a thousand short kernels, and Python launches them more slowly than a card
-runs them. A CUDA graph holds them all: how many tokens there are stands on the device.
+A decoding step of an 8B model is more than a thousand short kernels, which Python launches more slowly than a GPU runs
+them. A CUDA graph launches them all at once; the number of tokens so far is kept on the device.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from lctrain.errors import InputError
 
 
 class GreedyDecoder:
-    """Each call feeds the last token of every row and returns the next, [B, 1], a tensor that the next call overwrites.
+    """A decoder that feeds each row's last token and returns the next, [B, 1], which the following call overwrites.
 
-    Rows have no padding, and `cache` holds all their tokens but `last_ids`. With `graphs` the first call runs as it is,
-    the second captures, and so it goes on whenever a buffer has to grow. Raises InputError for caches that can't be
-    captured: transformers' own, positions of the cache, an attention method that is not full.
+    Rows have no padding, and `cache` holds all their tokens but `last_ids`. With `graphs`, the first call runs without
+    a graph and the second captures one; both are repeated whenever a buffer has to grow. Raises InputError for caches
+    that can't be captured: transformers' own, positions of the cache, an attention method that is not full.
     """
 
     def __init__(self, model: PreTrainedModel, cache: Cache, last_ids_B1: Tensor, *, graphs: bool) -> None:
@@ -68,14 +68,14 @@ class GreedyDecoder:
         self._positions_11.add_(1)
 
     def _on_stream(self, stream: cuda.Stream, run: Callable[[], None]) -> None:
-        """Both the warm-up and the capture are on a stream of their own, whose workspaces the graph uses."""
+        """Run the warm-up or the capture on `stream`: a graph uses the workspaces of the stream that captured it."""
         stream.wait_stream(cuda.current_stream())
         with cuda.stream(stream):
             run()
         cuda.current_stream().wait_stream(stream)
 
     def _capture(self) -> None:
-        """One forward that computes nothing."""
+        """Record one decoding step as a CUDA graph, without computing it."""
         self._graph = cuda.CUDAGraph()
         token = before.set(self._positions_11[0])
         self._graph.capture_begin(capture_error_mode="thread_local")

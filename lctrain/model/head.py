@@ -1,4 +1,7 @@
-"""From hidden states to losses, without logits. Shape legend: B rows, L tokens, N valid tokens, D hidden."""
+"""Compute losses from hidden states, without holding all logits.
+
+Shape legend: B rows, L tokens, N valid tokens, D hidden.
+"""
 
 import torch
 from peft import PeftModel
@@ -12,22 +15,22 @@ IGNORED = -100
 
 
 def unwrap(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The transformers model; PEFT's adapters live inside it."""
+    """Return the transformers model, PEFT's adapters included."""
     return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
 
 
 def hidden_states(
     model: PreTrainedModel | PeftModel, input_ids: Tensor, position_ids: Tensor, cache: Cache | None = None
 ) -> Tensor:
-    """Last hidden states [B, L, D], the final norm included. Documents are packed where positions restart.
+    """Return the last hidden states [B, L, D], after the final norm. A new document begins where positions restart.
 
-    With a cache, `input_ids` go on from the tokens that it holds, and are put into it.
+    With a cache, `input_ids` follow the tokens that it holds, and are added to it.
     """
     num_seen = 0 if cache is None else cache.get_seq_length()
     output = unwrap(model).get_decoder()(
         input_ids=input_ids,
         position_ids=position_ids,
-        # Nothing is padding; without a mask transformers looks for documents itself.
+        # All ones, as nothing is padding; without a mask transformers looks for documents itself.
         attention_mask=input_ids.new_ones(input_ids.shape[0], num_seen + input_ids.shape[1]),
         past_key_values=cache,
         use_cache=cache is not None,
@@ -36,12 +39,15 @@ def hidden_states(
 
 
 def softcap(model: PreTrainedModel | PeftModel) -> float | None:
-    """Gemma 2's cap on the logits."""
+    """Return the cap on the logits that Gemma 2 has, or None."""
     return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
 
 def token_losses(model: PreTrainedModel | PeftModel, hidden_BLD: Tensor, labels_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum with gradient, each valid token's loss [N] without) in fp32; labels are already shifted, -100 is ignored."""
+    """Return the summed loss (with gradient) and each valid token's loss [N] (without), in fp32.
+
+    Labels are already shifted, and -100 is ignored.
+    """
     head = unwrap(model).get_output_embeddings()
     valid = labels_BL != IGNORED
     return linear_cross_entropy(hidden_BLD[valid], head.weight, head.bias, labels_BL[valid], softcap=softcap(model))
@@ -49,7 +55,7 @@ def token_losses(model: PreTrainedModel | PeftModel, hidden_BLD: Tensor, labels_
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel | PeftModel) -> None:
-    """Refuse a model that does more to its logits than `token_losses` knows of: its losses would be wrong."""
+    """Raise InputError if the model changes its logits in a way that `token_losses` does not reproduce."""
     base, training = unwrap(model), model.training
     base.eval()
     ids = torch.arange(8, device=base.device)[None]

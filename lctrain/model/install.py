@@ -1,4 +1,4 @@
-"""Where attention plugs into transformers: its AttentionInterface and AttentionMaskInterface, nothing else.
+"""Install an attention method into a transformers model, by AttentionInterface and AttentionMaskInterface alone.
 
 Shape legend: B batch, H query heads, K key-value heads, L queries, S keys, D head dim.
 """
@@ -27,16 +27,16 @@ from lctrain.kernels.mask import Mask
 from lctrain.memory.recall import attend_once
 from lctrain.parallel.ulysses import Ulysses
 
-Sides = tuple[Tensor, Tensor]  # a table of queries [B or 1, L] and of keys [B or 1, S]
+Sides = tuple[Tensor, Tensor]  # one table for queries [B or 1, L] and one for keys [B or 1, S]
 
 _serial = itertools.count()
-_FULL = "_full"  # behind a method's name: full attention on the same kernel
+_FULL = "_full"  # suffix of a method's name that means full attention on the same kernel
 _SCORE_TERMS = ("s_aux", "sinks", "position_bias", "indices", "block_indices")  # learned sinks, biases, chosen keys
 
 
 @dataclass(frozen=True)
 class _Mask:
-    """What transformers knows of a forward's mask, and what was prepared from it: one per forward and layer type."""
+    """A forward's mask as transformers describes it, and what was prepared from it: one per forward and layer type."""
 
     batch: int
     q_length: int
@@ -45,22 +45,24 @@ class _Mask:
     kv_offset: int
     mask_function: Callable[..., Any]  # causality, the model's own window
     padding_BS: Tensor | None  # True where a key is a token
-    positions_BS: Tensor | None  # of keys among the row's tokens; given with padding
+    positions_BS: Tensor | None  # positions of keys among the row's tokens; given with padding
     prepared: dict[Any, Any] = field(default_factory=dict)
 
     def tables(self, position_ids_BL: Tensor) -> tuple[Sides | None, Sides | None]:
-        """Positions in the document, and numbers of documents, of queries and keys; None where they are just the index
-        in the row, and where a row is one document. Documents are packed where positions do not go on by one.
+        """Return the tables of positions in the document and of document numbers, for queries and keys.
+
+        The first is None if positions are the indices in the row, the second if each row is one document. A document
+        begins where a position is not the one before plus one.
         """
         if self.padding_BS is not None:
             assert self.positions_BS is not None
-            # A padding query sees padding, so that no row of the softmax is empty: it is a document of its own.
+            # Padding is a document of its own, so that its queries see padding and no softmax is over nothing.
             return self._sides(self.positions_BS), self._sides(self.padding_BS)
         if self.q_length != self.kv_length:
             return None, None
         row = torch.arange(self.kv_length, device=position_ids_BL.device)
         begins = position_ids_BL.diff(dim=1, prepend=position_ids_BL[:, :1] - 1) != 1
-        packed, indices = torch.stack((begins.any(), (position_ids_BL == row).all())).tolist()  # once per forward
+        packed, indices = torch.stack((begins.any(), (position_ids_BL == row).all())).tolist()  # one sync per forward
         positions = None if indices else self._sides(position_ids_BL)
         return positions, self._sides(begins.cumsum(1)) if packed else None
 
@@ -72,9 +74,9 @@ class _Mask:
 
 @dataclass(frozen=True)
 class _Installed:
-    """One method on one kernel, as the pair of functions that transformers calls.
+    """An attention method on a kernel, as the pair of functions that transformers calls.
 
-    With `ulysses`, a forward's tokens are this rank's part of the row, and masks are those of the whole row.
+    With `ulysses`, a forward's tokens are this rank's part of the row, while masks are those of the whole row.
     """
 
     method: Attention
@@ -92,12 +94,12 @@ class _Installed:
         attention_mask: Tensor | None = None,
         **_: Any,
     ) -> _Mask:
-        """What `AttentionMaskInterface` calls once per forward and layer type."""
+        """Return the mask; `AttentionMaskInterface` calls this once per forward and layer type."""
         padding = positions = None
         if attention_mask is not None and not bool(attention_mask.all()):
-            unfilled = max(0, kv_offset + kv_length - attention_mask.shape[-1])  # of a preallocated cache
+            unfilled = max(0, kv_offset + kv_length - attention_mask.shape[-1])  # free slots of a preallocated cache
             tokens = nn.functional.pad(attention_mask.bool(), (0, unfilled))
-            keys = slice(kv_offset, kv_offset + kv_length)  # a cache with a window has dropped those before
+            keys = slice(kv_offset, kv_offset + kv_length)  # a cache with a window has dropped earlier keys
             padding, positions = tokens[:, keys], (tokens.cumsum(-1) - 1).clamp(min=0)[:, keys]
         if self.ulysses is not None:
             if padding is not None or q_length != kv_length:
@@ -120,7 +122,10 @@ class _Installed:
         first_head: int = 0,
         **extra: Any,
     ) -> tuple[Tensor, None]:
-        """What `AttentionInterface` calls in every layer; returns [B, L, H, D]. `q` may begin at `first_head`."""
+        """Return the output [B, L, H, D]; `AttentionInterface` calls this in every layer.
+
+        `q` may hold only a part of the heads, from `first_head` on.
+        """
         if unknown := [name for name in _SCORE_TERMS if extra.get(name) is not None]:
             raise InputError(f"{type(module).__name__} has {unknown[0]} in its softmax, which no kernel here computes")
         if dropout:
@@ -153,7 +158,7 @@ class _Installed:
         scaling: float,
         softcap: float | None,
     ) -> Tensor:
-        """The layer's cache keeps the new keys and attends, by this method where it keeps them all."""
+        """Let the layer's cache store the new keys and values and attend, by this method if it keeps all keys."""
         if not fresh.layer.keeps_all and not isinstance(self.method, FullAttention):
             raise InputError(f"this cache decides itself what heads see, instead of {self.method}; use attention=full")
         if self.ulysses is not None:
@@ -171,7 +176,7 @@ class _Installed:
         return fresh.layer.attend(q_BHLD, fresh.keys, v_BKLD, forward)
 
     def _layout(self, mask: _Mask, module: nn.Module, q: Tensor, first_head: int) -> Layout:
-        """The whole layer's, of which `q` holds this rank's heads of those from `first_head` on."""
+        """Return the whole layer's layout, of which `q` holds this rank's share of the heads from `first_head` on."""
         config: Any = module.config
         return Layout(
             length=mask.kv_length,
@@ -180,6 +185,7 @@ class _Installed:
             layer_idx=module.layer_idx,  # type: ignore[arg-type]
             first_head=first_head + (0 if self.ulysses is None else q.shape[1] * self.ulysses.rank),
             decoding=mask.q_length != mask.kv_length,
+            device=q.device,
         )
 
     def _prepared(
@@ -192,13 +198,13 @@ class _Installed:
         k: Tensor,
         position_ids: Tensor | None,
     ) -> Any:
-        """What the kernel made of a pattern's mask, for all layers and heads that see the same."""
+        """Return what the kernel prepared from a pattern's mask, shared by all layers and heads with the same mask."""
         head_groups = pattern.head_groups(layout, q.shape[1])
         told = value(pattern)
         key = (told, pattern.layer_group(layout.layer_idx), head_groups)
         if told is not None and key in mask.prepared:
             return mask.prepared[key]
-        last = mask.q_offset + mask.q_length == mask.kv_offset + mask.kv_length  # the queries are the last keys'
+        last = mask.q_offset + mask.q_length == mask.kv_offset + mask.kv_length  # queries and keys end together
         plain = mask.mask_function is causal_mask_function and mask.padding_BS is None and last
         heads = range(layout.first_head, layout.first_head + len(head_groups))
         local = pattern.local_heads(layout, heads) if plain else None
@@ -229,7 +235,7 @@ class _Installed:
         return prepared
 
     def _tables(self, mask: _Mask, position_ids: Tensor | None) -> tuple[Sides | None, Sides | None]:
-        """Positions and documents of the whole row, found once per forward."""
+        """Return the tables of positions and documents of the whole row, computed once per forward."""
         if position_ids is None:
             return None, None
         if "tables" not in mask.prepared:
@@ -240,7 +246,7 @@ class _Installed:
 
 
 def demand(config: PreTrainedConfig, dtype: torch.dtype, device_type: str) -> Demand:
-    """What a model of this config asks of a kernel; `dtype` is that of its weights."""
+    """Return what a model of this config demands of a kernel; `dtype` is that of its weights."""
     text = config.get_text_config()
     return Demand(
         device_type=device_type,
@@ -251,7 +257,10 @@ def demand(config: PreTrainedConfig, dtype: torch.dtype, device_type: str) -> De
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """Those that call transformers' attention interface, a layer each. InputError where they can't be told."""
+    """Return the modules that call transformers' attention interface, one per layer.
+
+    Raises InputError if they are not found.
+    """
     modules = [
         m for m in model.get_decoder().modules() if hasattr(m, "layer_idx") and hasattr(m, "num_key_value_groups")
     ]
@@ -265,12 +274,12 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 def install(
     model: PreTrainedModel, method: Attention, kernel: str | Kernel = "auto", ulysses: Ulysses | None = None
 ) -> str:
-    """Make `model` attend by `method` on `kernel`, a name or one of your own, from its next forward on.
+    """Make `model` attend by `method` on `kernel` (a name or an instance) from its next forward on.
 
-    Registers a name of its own in transformers' interfaces, so models with different methods live side by side, and
-    full attention on the same kernel beside it, for `full_attention`. The method's own parameters are added.
-    Under `ulysses` its forwards take this rank's part of each row. Returns the name of the kernel that was chosen.
-    Raises InputError if the kernel can't run, or the model's attention does not go through the interface.
+    Registers a new name in transformers' interfaces, so that models with different methods can coexist, and another
+    name for full attention on the same kernel, which `full_attention` uses. Adds the method's own parameters. Under
+    `ulysses`, the model's forwards take this rank's part of each row. Returns the name of the chosen kernel. Raises
+    InputError if the kernel can't run, or if the model's attention does not use the interface.
     """
     if isinstance(kernel, Kernel):
         name, chosen = type(kernel).__name__, kernel
@@ -295,7 +304,7 @@ def install(
 
 @contextmanager
 def full_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, a model that `install` changed attends in full, on the same kernel."""
+    """Make a model that `install` changed use full attention, on the same kernel, inside this context."""
     own = model.config.get_text_config()._attn_implementation
     model.set_attn_implementation(f"{own}{_FULL}")
     try:

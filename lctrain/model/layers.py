@@ -1,4 +1,4 @@
-"""What a tuned model's layers are replaced by to run faster: modules for modules, parameters keep their names."""
+"""Replace modules of a tuned model by faster ones that keep the names of the parameters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from lctrain.errors import InputError
 from lctrain.kernels.fp8 import FP8Linear
 from lctrain.model.rotary_attention import RotaryAttention
 
-# By what the classes of transformers compute: x / rms(x) · (weight + offset), rounded as in Llama or in Gemma.
+# Transformers' norm classes by what they compute: x / rms(x) · (weight + offset), rounded as in Llama or as in Gemma.
 LLAMA_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 GEMMA_NORMS = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")
 ROTARY_ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention")  # nothing between projection and rotation
@@ -21,7 +21,7 @@ GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "Gem
 
 
 def uses_liger(layer_kernel: str, device_type: str) -> bool:
-    """Whether norms and MLPs run Liger's kernels; InputError for a choice that can't run."""
+    """Return whether norms and MLPs run Liger's kernels; raise InputError for a choice that can't run."""
     if layer_kernel not in ("auto", "liger", "plain"):
         raise InputError(f"layer_kernel={layer_kernel} is none of auto, liger, plain")
     possible = device_type == "cuda" and find_spec("liger_kernel") is not None
@@ -31,7 +31,7 @@ def uses_liger(layer_kernel: str, device_type: str) -> bool:
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) · up(x)) with the product in one kernel."""
+    """An MLP that computes down(act(gate(x)) · up(x)), with the activation and product in one kernel."""
 
     def __init__(self, mlp: nn.Module, gated: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -40,12 +40,12 @@ class GatedMLP(nn.Module):
         self._gated = gated
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the module it stands for, [..., D]."""
+        """Return the replaced module's output, [..., D]."""
         return self.down_proj(self._gated(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return,operator]
 
 
 class Norm(nn.Module):
-    """x / rms(x) · (weight + offset) in one kernel, as Llama or as Gemma rounds it."""
+    """A norm that computes x / rms(x) · (weight + offset) in one kernel, rounded as in Llama or as in Gemma."""
 
     def __init__(self, norm: nn.Module, run: Callable[..., Tensor], *, gemma: bool) -> None:
         super().__init__()
@@ -54,15 +54,15 @@ class Norm(nn.Module):
         self._eps = norm.eps if gemma else norm.variance_epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the module it stands for, [..., D]."""
-        # In place, the backward writes over a gradient that Gemma's layers may still need.
+        """Return the replaced module's output, [..., D]."""
+        # Not in place for Gemma: the backward would overwrite a gradient that Gemma's layers may still need.
         casting, in_place = ("gemma", False) if self._gemma else ("llama", True)
         return self._run(x, self.weight, self._eps, float(self._gemma), casting, in_place)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerKernels:
-    """Liger's functions, or what stands in for them in a plan."""
+    """The functions that fused layers call: Liger's, or in a plan their fakes."""
 
     rms_norm: Callable[..., Tensor]
     swiglu: Callable[[Tensor, Tensor], Tensor]
@@ -71,7 +71,7 @@ class LayerKernels:
 
 
 def liger() -> LayerKernels:
-    """Hsu et al., arXiv:2410.10989; needs triton."""
+    """Return Liger's functions (Hsu et al., arXiv:2410.10989); they need triton."""
     from liger_kernel.transformers import functional
 
     return LayerKernels(
@@ -83,7 +83,7 @@ def liger() -> LayerKernels:
 
 
 def fuse(model: PreTrainedModel, kernels: LayerKernels) -> None:
-    """Replace the norms, the gated MLPs and what surrounds the rotation of queries and keys, in the known families."""
+    """Replace the norms, the gated MLPs and the rotary attention modules of the known model families."""
     silu = getattr(model.config.get_text_config(), "hidden_act", None) == "silu"
     for name, module in list(model.named_modules()):
         kind = type(module).__name__
@@ -96,13 +96,16 @@ def fuse(model: PreTrainedModel, kernels: LayerKernels) -> None:
 
 
 def parts_heads(model: PreTrainedModel) -> bool:
-    """Whether `part_heads` knows all that the model's attention does."""
+    """Return whether `part_heads` can reproduce the model's attention modules."""
     attentions = [getattr(layer, "self_attn", None) for layer in model.get_decoder().layers]
     return all(isinstance(a, RotaryAttention) or type(a).__name__ in ROTARY_ATTENTIONS for a in attentions)
 
 
 def part_heads(model: PreTrainedModel, num_layers: int, kv_heads_at_a_time: int) -> None:
-    """Let the attention of the first layers compute some heads at a time. InputError where it does more than rotate."""
+    """Make the attention of the first `num_layers` layers compute `kv_heads_at_a_time` key-value heads at a time.
+
+    Raises InputError if the model's attention does more than rotate between projections and attention.
+    """
     if not parts_heads(model):
         raise InputError(f"memory.kv_heads_at_a_time: {type(model).__name__}'s attention can't be parted; set it to 0")
     for layer in model.get_decoder().layers[:num_layers]:
@@ -111,7 +114,7 @@ def part_heads(model: PreTrainedModel, num_layers: int, kv_heads_at_a_time: int)
 
 
 def quantize_frozen(model: PreTrainedModel) -> None:
-    """Hold the decoder's matrices that do not train in fp8. InputError if there are none."""
+    """Hold the decoder's frozen matrices in fp8. Raises InputError if there are none."""
     decoder = model.get_decoder()
     frozen = [
         (name, module)
@@ -125,5 +128,5 @@ def quantize_frozen(model: PreTrainedModel) -> None:
 
 
 def keep_stream_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast what embeddings that train in fp32 give out, or every layer would read and keep twice the bytes."""
+    """Cast the output of embeddings that train in fp32 to `dtype`: else layers would read and keep twice the bytes."""
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))

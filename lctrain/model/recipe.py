@@ -1,4 +1,4 @@
-"""From a folder, a hub id or a bare config to the model that trains."""
+"""Recipes that build the model to train from a folder, a hub id or a bare config."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecipe(ABC):
-    """What to build; nothing is loaded before `build`."""
+    """A description of the model to train; no weights are loaded before `build`."""
 
     attention: Attention
     rope: RopeScheme
@@ -54,11 +54,11 @@ class ModelRecipe(ABC):
 
     @abstractmethod
     def base_config(self) -> PreTrainedConfig:
-        """The config as it was published."""
+        """Return the config as it was published."""
 
     @abstractmethod
     def load(self, config: PreTrainedConfig) -> PreTrainedModel:
-        """The weights under `config`."""
+        """Return a model with config `config` and its weights."""
 
     @cached_property
     @abstractmethod
@@ -66,12 +66,12 @@ class ModelRecipe(ABC):
         """The model's tokenizer."""
 
     def config(self) -> PreTrainedConfig:
-        """A copy of the config to train and export with."""
+        """Return a copy of the config to train and export with."""
         return deepcopy(self._adapted_config)
 
     @cached_property
     def _adapted_config(self) -> PreTrainedConfig:
-        """The config to train and export with: positions stretched, the window the method asks for."""
+        """The config to train and export with: positions stretched, and the window that the method asks for."""
         config = self.base_config()
         self.rope.apply(config, self.sequence_length)
         replaced = self.attention.adapt_config(config.get_text_config())
@@ -81,7 +81,9 @@ class ModelRecipe(ABC):
         return config
 
     def check(self, lengths: Sequence[int], device_type: str = "cpu", sequence_parallel_size: int = 1) -> None:
-        """Refuse, before any weight is read, what can't be trained there on rows of these lengths (ascending)."""
+        """Raise InputError, before any weight is read, if the model can't be trained on `device_type` on rows of these
+        lengths (ascending).
+        """
         config = self.check_attention(lengths, sequence_parallel_size)
         choose(self.kernel, demand(config, self.torch_dtype(config), device_type))
         self._check_layers(config, device_type)
@@ -92,7 +94,7 @@ class ModelRecipe(ABC):
             )
 
     def _check_layers(self, config: PreTrainedConfig, device_type: str) -> None:
-        """What only a whole model shows, on one without memory."""
+        """Check what needs the model's modules, on a skeleton without memory."""
         skeleton = unwrap(self.skeleton(self.config()))
         layers.uses_liger(self.layer_kernel, device_type)
         self._savings().check(config, device_type=device_type, dropout=self.drops_out())
@@ -104,7 +106,7 @@ class ModelRecipe(ABC):
         self._part_heads(skeleton)
 
     def check_attention(self, lengths: Sequence[int], sequence_parallel_size: int = 1) -> PreTrainedConfig:
-        """The part of `check` that needs the config alone, which it returns."""
+        """Run the part of `check` that needs only the config, and return the config."""
         config = self.config().get_text_config()
         if not hasattr(config, "num_key_value_heads"):
             raise InputError(f"{config.model_type} tells no num_key_value_heads; its attention can't be replaced")
@@ -129,9 +131,9 @@ class ModelRecipe(ABC):
         ulysses: Ulysses | None = None,
         zero3: Mapping[str, Any] | None = None,
     ) -> PreTrainedModel | PeftModel:
-        """Load to `device`, install the attention on a kernel that runs there, choose what trains.
+        """Load the model to `device`, install the attention on a kernel that runs there, and choose what trains.
 
-        Under `zero3`, DeepSpeed's config, each parameter goes straight into its shards: no rank ever holds the model.
+        With `zero3`, DeepSpeed's config, each parameter goes straight into its shards: no rank ever holds the model.
         """
         if zero3 is not None and self.precision == "fp8":
             raise InputError(
@@ -148,7 +150,7 @@ class ModelRecipe(ABC):
             model.to(device)  # type: ignore[arg-type]
         else:
             bf16 = {"enabled": self.loaded_dtype(config) == torch.bfloat16}
-            known = HfDeepSpeedConfig({**zero3, "bf16": bf16})  # transformers shards for as long as this lives
+            known = HfDeepSpeedConfig({**zero3, "bf16": bf16})  # transformers shards as long as this object exists
             model = self.load(config)
             del known
         kernel = install(model, self.attention, self.kernel, ulysses)
@@ -163,7 +165,7 @@ class ModelRecipe(ABC):
         return tuned
 
     def skeleton(self, config: PreTrainedConfig) -> PreTrainedModel | PeftModel:
-        """The model as it would train, without memory: on the meta device."""
+        """Return the model as it would train, on the meta device, which takes no memory."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=self.torch_dtype(config))
             install(model, self.attention, "reference")
@@ -175,7 +177,10 @@ class ModelRecipe(ABC):
         return tuned
 
     def hasten(self, model: PreTrainedModel, kernels: layers.LayerKernels | None, host: Host) -> None:
-        """Exchange a tuned model's layers for faster ones and save memory; neither names nor what trains changes."""
+        """Replace a tuned model's modules by faster ones and apply the memory savings.
+
+        The names of the parameters and the set of those that train stay the same.
+        """
         if self.precision == "fp8":
             layers.quantize_frozen(model)
         if kernels is not None:
@@ -196,19 +201,19 @@ class ModelRecipe(ABC):
         return self.memory
 
     def drops_out(self) -> bool:
-        """Whether two forwards of the same row differ."""
+        """Return whether there is dropout, so that two forwards of the same row differ."""
         return bool(getattr(self.tuning, "lora_dropout", 0.0))
 
     def autocasts(self) -> bool:
-        """Whether the model is half precision: what trains is kept in fp32 then, and computed with in bf16."""
+        """Return whether the model is in half precision: what trains is then kept in fp32 and computed with in bf16."""
         return self.torch_dtype(self.config()) != torch.float32
 
     def loaded_dtype(self, config: PreTrainedConfig) -> torch.dtype:
-        """What the weights are loaded in: fp32 where all of them train."""
+        """Return the dtype that weights are loaded in: fp32 if all of them train, else the model's."""
         return torch.float32 if self.tuning.trains_all else self.torch_dtype(config)
 
     def torch_dtype(self, config: PreTrainedConfig) -> torch.dtype:
-        """What `dtype` means for a model of this config."""
+        """Return the torch dtype that `self.dtype` means for a model of this config."""
         dtype = config.dtype or torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise InputError(f"model.dtype={self.dtype} is not a torch dtype; use auto, float32 or bfloat16")
@@ -217,10 +222,11 @@ class ModelRecipe(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainedModel(ModelRecipe):
-    """A causal LM from a local folder or a hub id. Weights are safetensors and none of its code runs, unless asked.
+    """A causal LM from a local folder or a hub id. Unless the settings allow more, its weights must be safetensors and
+    none of its code runs.
 
-    `architecture` is the published shape of a hub model, to plan with where the hub is out of reach; a loaded model
-    that differs from it is refused.
+    `architecture` is the published shape of a hub model, to plan with when the hub can't be reached; `check` refuses a
+    model that differs from it.
     """
 
     path: str
@@ -233,7 +239,7 @@ class PretrainedModel(ModelRecipe):
         if self.architecture is None or self._is_local():
             return self._published_config()
         try:
-            return self._published_config(local_files_only=True)  # fetched by `check`, or by an earlier run
+            return self._published_config(local_files_only=True)  # in the hub's cache if `check` or a run fetched it
         except InputError:
             return AutoConfig.for_model(**self.architecture)
 
@@ -247,7 +253,7 @@ class PretrainedModel(ModelRecipe):
                 revision=self.revision,
                 use_safetensors=self.use_safetensors,
                 trust_remote_code=self.trust_remote_code,
-                ignore_mismatched_sizes=True,  # they are named below
+                ignore_mismatched_sizes=True,  # the error below names them
                 output_loading_info=True,
             )
         except (OSError, SafetensorError) as error:
@@ -291,7 +297,7 @@ class PretrainedModel(ModelRecipe):
 
     def _is_local(self) -> bool:
         path = Path(self.path)
-        beside = path.parent != Path() and path.parent.is_dir()  # of a name with one slash, which a hub's id has too
+        beside = path.parent != Path() and path.parent.is_dir()  # tells a missing folder from a hub id, owner/name
         return path.exists() or beside or self.path.startswith((".", "/", "~")) or self.path.count("/") > 1
 
     def _check_folder(self) -> None:
@@ -301,7 +307,7 @@ class PretrainedModel(ModelRecipe):
             raise InputError(f"model.path={self.path} {what}; give a folder in Hugging Face format or a hub id")
 
     def _check_weights(self) -> None:
-        """A folder's safetensors are opened, headers only: a truncated file is found before anything is built."""
+        """Open the headers of a local folder's safetensors, to refuse a truncated file before anything is built."""
         if not self._is_local():
             return
         self._check_folder()
@@ -318,7 +324,7 @@ class PretrainedModel(ModelRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class ScratchModel(ModelRecipe):
-    """Random weights of a given shape, to pretrain. `architecture` is a transformers config, `model_type` included."""
+    """A model with random weights, to pretrain. `architecture` is a transformers config, `model_type` included."""
 
     architecture: Mapping[str, Any]
     tokenizer_path: str

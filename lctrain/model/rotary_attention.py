@@ -1,4 +1,4 @@
-"""Attention with rotary positions, all heads together or some at a time.
+"""An attention module with rotary positions that computes all heads together or some at a time.
 
 Shape legend: B rows, L tokens, H query heads, D head dim.
 """
@@ -14,10 +14,12 @@ from lctrain.memory.shares import sum_over_shares
 
 
 class RotaryAttention(nn.Module):
-    """Projections, rotation of queries and keys in one function, transformers' attention interface, projection.
+    """An attention module that projects, rotates queries and keys in one function, calls transformers' attention
+    interface, and projects back.
 
-    With `kv_heads_at_a_time`, so many key-value heads and the query heads that share them go all of this way before
-    the next do, by their rows of the projections in and their columns of the projection out.
+    With `kv_heads_at_a_time`, it runs all these steps for that many key-value heads and the query heads that share
+    them, then for the next, with the rows of the input projections and columns of the output projection that belong to
+    these heads.
     """
 
     q_proj: Callable[[Tensor], Tensor]
@@ -31,7 +33,7 @@ class RotaryAttention(nn.Module):
         super().__init__()
         for name, child in attention.named_children():
             self.add_module(name, child)
-        for name, parameter in attention.named_parameters(recurse=False):  # what an attention method brought
+        for name, parameter in attention.named_parameters(recurse=False):  # those that an attention method added
             self.register_parameter(name, parameter)
         self.config: Any = attention.config
         self.layer_idx, self.scaling = attention.layer_idx, attention.scaling
@@ -47,7 +49,7 @@ class RotaryAttention(nn.Module):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """As the module it stands for, by the names it is called with: [B, L, D]."""
+        """Return the replaced module's output, [B, L, D]; the parameters keep the names that callers use."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor, first_head: int = 0) -> Tensor:
             q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))
@@ -69,7 +71,7 @@ class RotaryAttention(nn.Module):
             out = attend(q, k, v, first_head=first * shared)
             return linear_part(self.o_proj, out.flatten(0, 1), inputs=queries)
 
-        if not self._at_a_time or past_key_values is not None:  # a cache wants all heads of a layer
+        if not self._at_a_time or past_key_values is not None:  # a cache needs all heads of a layer at once
             q, k, v = (project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj))
             return self.o_proj(attend(q, k, v)), None
         firsts = range(0, self.config.num_key_value_heads, self._at_a_time)

@@ -1,4 +1,4 @@
-"""From a folder to a model that generates, with the cache that belongs to it."""
+"""Load a folder as a model that generates, together with the cache policy that belongs to it."""
 
 from pathlib import Path
 from typing import cast
@@ -23,9 +23,9 @@ def load(
     dtype: str = "auto",
     kernel: str = "auto",
 ) -> tuple[PreTrainedModel, CachePolicy]:
-    """The model in `path` with lctrain's attention, and its policy.
+    """Return the model in `path` with lctrain's attention, and its cache policy.
 
-    `model.generate(**inputs, past_key_values=policy.new(model))` runs it.
+    `model.generate(**inputs, past_key_values=policy.new(model))` runs the model.
     Without `cache`, a folder with a head pattern is served with DuoAttention's cache, any other with a full one.
     `path` is a folder in Hugging Face format or a hub id. Raises InputError before weights are read.
     """

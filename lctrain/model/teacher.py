@@ -1,4 +1,4 @@
-"""A model as its own teacher: full attention and no adapters, on the same weights."""
+"""Use a model as its own teacher: the same weights, with full attention and without adapters."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,14 +16,14 @@ from lctrain.model.recipe import ModelRecipe
 
 @contextmanager
 def teaching(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Inside, `model` computes what it would without what trains, in full attention on its kernel, and no gradients."""
+    """Make `model` compute as the teacher in this context: full attention, no adapters, no gradients, same kernel."""
     adapters = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
     with torch.no_grad(), full_attention(unwrap(model)), adapters:
         yield
 
 
 def check_teacher(recipe: ModelRecipe) -> None:
-    """InputError unless what trains are adapters and what the attention brought: all else is the teacher's too."""
+    """Raise InputError unless only adapters and the attention's own parameters train: the teacher shares the others."""
     if isinstance(recipe.attention, FullAttention):
         raise InputError("attention=full is the teacher of distillation and can't be the student; choose another")
     trained = [name for name, p in recipe.skeleton(recipe.config()).named_parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""Which parameters train."""
+"""Tunings: choices of the parameters that train."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,18 +18,18 @@ from lctrain.kernels.low_rank import add_low_rank
 
 
 class Tuning(ABC):
-    """Sets `requires_grad` of every parameter, and may wrap the model in PEFT's."""
+    """A choice of what trains: it sets `requires_grad` of every parameter, and may wrap the model in PEFT's."""
 
-    trains_all: ClassVar[bool] = False  # every parameter, so that all are loaded in fp32
+    trains_all: ClassVar[bool] = False  # whether every parameter trains, so that all are loaded in fp32
 
     @abstractmethod
     def apply(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
-        """The model to train."""
+        """Return the model to train."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frozen(Tuning):
-    """Nothing trains: the model is measured."""
+    """A tuning under which nothing trains, for models that are only evaluated."""
 
     def apply(self, model: PreTrainedModel) -> PreTrainedModel:
         model.requires_grad_(False)
@@ -38,7 +38,7 @@ class Frozen(Tuning):
 
 @dataclass(frozen=True, kw_only=True)
 class FullTuning(Tuning):
-    """Every parameter trains."""
+    """A tuning under which every parameter trains."""
 
     trains_all: ClassVar[bool] = True
 
@@ -49,7 +49,7 @@ class FullTuning(Tuning):
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleTuning(Tuning):
-    """Parameters whose name holds one of `trainable` train, all others are frozen."""
+    """A tuning under which parameters whose name contains one of `trainable` train; all others are frozen."""
 
     trainable: Sequence[str]
 
@@ -60,16 +60,16 @@ class ModuleTuning(Tuning):
 
 
 class LoRALinear(PeftLinear):
-    """PEFT's layer, which adds its low-rank term in place instead of through copies of the activations in fp32."""
+    """PEFT's LoRA layer, but with the low-rank term added in place, not by way of fp32 copies of the activations."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """W x + scaling · B A x; what is merged, disabled, dropped out or sharded is left to PEFT."""
+        """Return W x + scaling · B A x. PEFT computes it if adapters are merged, disabled, sharded or have dropout."""
         if args or kwargs or not self._adds_plainly():
             return super().forward(x, *args, **kwargs)
         return self._add(self.base_layer(x.flatten(0, -2)), x, slice(None), slice(None))
 
     def part(self, x: Tensor, outputs: slice, inputs: slice) -> Tensor:
-        """As `lctrain.kernels.linear_part`."""
+        """Return the layer's product over slices of outputs and inputs, as `lctrain.kernels.linear_part` does."""
         y_NO = linear_part(self.base_layer, x.flatten(0, -2), outputs=outputs, inputs=inputs)
         if self.disable_adapters or self.merged:
             return y_NO if x.ndim == 2 else y_NO.view(*x.shape[:-1], -1)
@@ -80,7 +80,7 @@ class LoRALinear(PeftLinear):
     def _adds_plainly(self) -> bool:
         if len(self.active_adapters) != 1 or self.disable_adapters or self.merged:
             return False
-        # ZeRO-3 gathers what its own module computes with, and nothing else.
+        # ZeRO-3 gathers a parameter only for the forward of the module that owns it, which in-place addition skips.
         sharded = hasattr(self.lora_A[self.active_adapters[0]].weight, "ds_id")
         return not sharded and isinstance(self.lora_dropout[self.active_adapters[0]], nn.Identity)
 
@@ -93,9 +93,10 @@ class LoRALinear(PeftLinear):
 
 @dataclass(frozen=True, kw_only=True)
 class LoRATuning(Tuning):
-    """Low-rank adapters (Hu et al., arXiv:2106.09685) by PEFT, and the parameters whose name holds one of `trainable`.
+    """A tuning that trains PEFT's low-rank adapters (Hu et al., arXiv:2106.09685) and the parameters whose name
+    contains one of `trainable`.
 
-    LongLoRA (arXiv:2309.12307, §3.3) trains the embeddings and norms beside them: `trainable: [embed, norm]`.
+    LongLoRA (arXiv:2309.12307, §3.3) also trains the embeddings and norms: `trainable: [embed, norm]`.
     """
 
     r: int
@@ -117,7 +118,7 @@ class LoRATuning(Tuning):
             task_type="CAUSAL_LM",
         )
         adapters._register_custom_module({nn.Linear: LoRALinear})  # PEFT's documented way to a layer of one's own
-        with torch.device("cpu"):  # where all strategies draw alike; PEFT moves the adapters to their layers
+        with torch.device("cpu"):  # so that all strategies draw the same numbers; PEFT then moves the adapters
             tuned = get_peft_model(model, adapters)
         if isinstance(model.get_output_embeddings(), BaseTunerLayer):
             raise InputError(
@@ -128,7 +129,7 @@ class LoRATuning(Tuning):
 
 
 def unfreeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Train the parameters whose name holds one of `patterns`; InputError for a pattern that matches none."""
+    """Make parameters whose name contains one of `patterns` train; raise InputError for a pattern without match."""
     for pattern in patterns:
         matched = [p for name, p in model.named_parameters() if pattern in name and ".lora_" not in name]
         if not matched:
@@ -138,7 +139,7 @@ def unfreeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def keep_trained_in_fp32(model: nn.Module) -> None:
-    """In bf16 a step of 2e-5 is lost beside a weight of 0.02."""
+    """Cast the parameters that train to fp32: in bf16, a step of 2e-5 added to a weight of 0.02 is lost."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if not parameter.requires_grad or parameter.dtype == torch.float32:
@@ -148,11 +149,11 @@ def keep_trained_in_fp32(model: nn.Module) -> None:
                 continue
             import deepspeed
 
-            with deepspeed.zero.GatheredParameters([parameter]):  # a shard can't change its type: it is made anew
+            with deepspeed.zero.GatheredParameters([parameter]):  # a shard can't change its dtype: make it anew
                 whole = nn.Parameter(parameter.data.float())
             module.register_parameter(name, whole)
 
 
 def num_elements(parameter: nn.Parameter) -> int:
-    """Of the whole parameter, where ZeRO-3 keeps a shard of it."""
+    """Return the number of elements of the whole parameter, even where ZeRO-3 keeps only a shard of it."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -1,1 +1,1 @@
-"""What a run will cost, told before anything is loaded: parameters, tokens, FLOPs, memory."""
+"""Plan what a run will cost, before anything is loaded: parameters, tokens, FLOPs, time, memory."""

@@ -1,4 +1,4 @@
-"""What a card can do, by its vendor's datasheet."""
+"""The rates of known cards (GPUs), from their vendor's datasheets."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from lctrain.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """Rates per second: dense bf16 operations, bytes of its memory, bytes to its neighbours in a node, one way."""
+    """A GPU's rates per second: dense bf16 operations, bytes of its memory, bytes to GPUs of its node (one way)."""
 
     flops: float
     bandwidth: float
@@ -24,7 +24,7 @@ CARDS = {
 
 
 def card(name: str) -> Card:
-    """Return the card called `name`; InputError lists those that are known."""
+    """Return the card called `name`; raise an InputError that lists the known ones if there is none."""
     if name not in CARDS:
         raise InputError(f"device={name} is none of {', '.join(CARDS)}")
     return CARDS[name]

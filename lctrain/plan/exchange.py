@@ -1,4 +1,4 @@
-"""How long devices wait for each other in a step: bytes over the rates of the links between them."""
+"""Estimate how long devices wait for each other in a step: bytes sent over the rates of the links between them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,15 +9,16 @@ from lctrain.parallel.ulysses import num_repeats
 from lctrain.plan.cards import Card
 from lctrain.plan.sharding import Sharding
 
-LINK = 0.37  # share of a link's datasheet rate at which heads were exchanged (docs/results/parallel.md), waits included
+# Measured share of a link's datasheet rate when heads are exchanged, waits included (docs/results/parallel.md).
+LINK = 0.37
 NETWORK = 50e9 * LINK  # between nodes, one way: a 400 Gbit/s adapter for each device
-HALF = 2  # bytes of a query, key or value
+HALF = 2  # bytes of each number in a query, key or value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """Bytes that a device sends: `heads` for each of its tokens, while attention waits; `weights` for each micro-batch
-    and `gradients` for each step, beside the computation.
+    """Bytes that a device sends: `heads` per token, for which attention waits; `weights` per micro-batch and
+    `gradients` per step, both while the device computes.
     """
 
     heads: float
@@ -31,7 +32,7 @@ class Exchange:
         cls, config: Any, mesh: Mesh, num_devices_per_node: int, sharding: Sharding, savings: Savings,
         *, weights: int, trained: int, teacher: bool,
     ) -> "Exchange":  # fmt: skip
-        """Count those of a model with this text `config`, whose `weights` and trained gradients are so many bytes."""
+        """Count the bytes for a model with this text `config`, with `weights` and `trained` weights in bytes."""
         counts = savings.resolve(config.num_hidden_layers)
         again = int(counts.checkpoint_layers) * (2 - 1 / counts.checkpoint_every)  # layers whose forward runs again
         passes = (2 + teacher) * config.num_hidden_layers + again
@@ -46,8 +47,9 @@ class Exchange:
         )
 
     def seconds(self, card: Card, tokens: int, num_micro_batches: int, computing: float) -> float:
-        """Return how long a device with so many tokens a step waits; what runs beside the computation waits for
-        what is longer than that.
+        """Return how many seconds a device with this many `tokens` per step waits.
+
+        Weights and gradients, sent during the computation, add only the time beyond its `computing` seconds.
         """
         sp = self.mesh.sequence_parallel_size
         near = self.mesh.world_size <= self.num_devices_per_node
@@ -58,8 +60,8 @@ class Exchange:
 
 
 def head_bytes(config: Any, size: int) -> float:
-    """Return the bytes that a device sends of each of its tokens in a layer's forward, as in its backward: queries,
-    keys and values, and then outputs, but for its own share.
+    """Return the bytes that a device sends per token in a layer's forward, and again in its backward: queries, keys,
+    values and outputs, except for the device's own share.
     """
     if size == 1:
         return 0.0

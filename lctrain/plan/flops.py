@@ -1,4 +1,4 @@
-"""Floating-point operations: what a step needs, and what a device can do."""
+"""Count the floating-point operations that a step needs, and look up or measure a device's rate."""
 
 import time
 from functools import lru_cache
@@ -14,12 +14,12 @@ from lctrain.attention.full import FullAttention
 from lctrain.attention.identity import kind
 from lctrain.plan.cards import CARDS
 
-SAMPLED_QUERIES = 64  # rows of the mask that stand for all when pairs are counted
-GOLDEN_RATIO = (1 + 5**0.5) / 2  # whose multiples spread evenly between whole numbers
+SAMPLED_QUERIES = 64  # queries that represent all of a row's when query-key pairs are counted
+GOLDEN_RATIO = (1 + 5**0.5) / 2  # the fractional parts of its multiples spread evenly over [0, 1)
 
 
 def device_peak_flops(device: torch.device) -> float:
-    """The datasheet's dense bf16 rate of a known card; else what a matrix product reaches here, in FLOP/s."""
+    """Return a device's FLOP/s: a known card's datasheet rate for dense bf16, else a matrix product's measured rate."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     known = [card.flops for card_name, card in CARDS.items() if card_name in name]
     return known[0] if known else _measured_flops(device)
@@ -28,7 +28,7 @@ def device_peak_flops(device: torch.device) -> float:
 @lru_cache(maxsize=1)
 def _measured_flops(device: torch.device) -> float:
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
-    generator = torch.Generator(device)  # of its own: the run's draws must not depend on what was measured
+    generator = torch.Generator(device)  # a separate one: the run's random numbers must not depend on this measurement
     matrix = torch.randn(size, size, device=device, dtype=dtype, generator=generator)
     best = float("inf")
     for _ in range(5):
@@ -39,7 +39,7 @@ def _measured_flops(device: torch.device) -> float:
 
 
 def layer_layout(config: PreTrainedConfig, length: int, layer_idx: int) -> Layout:
-    """A layer of rows of `length`."""
+    """Return the layout of layer `layer_idx` on rows of `length`."""
     return Layout(
         length=length,
         num_attention_heads=config.num_attention_heads,
@@ -49,11 +49,13 @@ def layer_layout(config: PreTrainedConfig, length: int, layer_idx: int) -> Layou
 
 
 def visible_keys(pattern: MaskedAttention, config: PreTrainedConfig, length: int, layer_idx: int) -> float:
-    """Keys that a query of a full row sees on average, over heads; the model's own window counted."""
+    """Return the number of keys that a query of a full row sees, averaged over queries and heads, within the model's
+    own window.
+    """
     layout = layer_layout(config, length, layer_idx)
     visible = pattern.visible(layout)
     groups = pattern.head_groups(layout, config.num_attention_heads)
-    heads = torch.tensor([groups.index(group) for group in dict.fromkeys(groups)])[:, None, None]  # one of each kind
+    heads = torch.tensor([groups.index(group) for group in dict.fromkeys(groups)])[:, None, None]  # one per group
     alike = torch.tensor([groups.count(group) for group in dict.fromkeys(groups)]) / len(groups)
     window = own_window(config, layer_idx) or length
     batch, kv = torch.tensor(0), torch.arange(length, dtype=torch.int32)
@@ -68,10 +70,12 @@ def visible_keys(pattern: MaskedAttention, config: PreTrainedConfig, length: int
 
 
 def _sampled(length: int) -> list[int]:
-    """Two queries of each stretch, as far from its begin as from its end: exact for straight lines. How far changes
-    from one stretch to the next, so that groups as long as a stretch are not all met at the same place.
+    """Return the indices of sampled queries: two in each stretch of the row, as far from its begin as from its end.
+
+    The mean over such a pair is exact where counts grow linearly. The distance differs from stretch to stretch, so that
+    groups as long as a stretch are not all sampled at the same place.
     """
-    if length <= 16 * SAMPLED_QUERIES:  # stretches would be too short for groups to fall in line with
+    if length <= 16 * SAMPLED_QUERIES:  # short enough to count all queries
         return list(range(length))
     num_stretches = SAMPLED_QUERIES // 2
     edges = [length * i // num_stretches for i in range(num_stretches + 1)]
@@ -83,16 +87,16 @@ def _sampled(length: int) -> list[int]:
 
 
 def own_window(config: PreTrainedConfig, layer_idx: int) -> int | None:
-    """The sliding window the model itself has in a layer."""
+    """Return the sliding window that the model itself has in a layer, or None."""
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
     return window if window and (types is None or types[layer_idx] == "sliding_attention") else None
 
 
 def training_flops(model: nn.Module, method: Attention, length: int, teacher: bool = False) -> float:
-    """FLOPs a token needs, forward and backward, at rows of `length`; recomputation is not counted.
+    """Return the FLOPs that a token needs, forward and backward, on rows of `length`; recomputation is not counted.
 
-    Attention over S keys: 4·H·D·S forward and twice that backward. A `teacher` is another forward in full attention.
+    Attention over S keys takes 4·H·D·S forward and twice that backward. A `teacher` adds a forward in full attention.
     """
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
     taught = attention_flops(config, FullAttention(), length) if teacher else 0.0
@@ -100,8 +104,10 @@ def training_flops(model: nn.Module, method: Attention, length: int, teacher: bo
 
 
 def linear_flops(model: nn.Module, teacher: bool = False) -> float:
-    """Of a layer with P weights: 2P forward, 2P for the gradient of its input, 2P for that of its weights if they
-    train, 2P for a `teacher`; hidden states are compared then, and the output head does not run.
+    """Return the FLOPs per token of all linear layers.
+
+    A layer with P weights takes 2P forward, 2P for the gradient of its input, 2P for that of its weights if they train,
+    and 2P for a `teacher`; with a teacher, hidden states are compared and the output head does not run.
     """
     linear = trained = 0
     head = model.get_output_embeddings() if teacher else None  # type: ignore[operator]
@@ -113,10 +119,10 @@ def linear_flops(model: nn.Module, teacher: bool = False) -> float:
 
 
 def attention_flops(config: Any, method: Attention, length: int) -> float:
-    """Forward FLOPs per token of all layers' scores and weighted sums."""
+    """Return the forward FLOPs per token of all layers' attention scores and weighted sums."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     seen: dict[Any, float] = {}
-    pairs = 0.0  # of a query and its keys, over heads and layers
+    pairs = 0.0  # the number of keys that a query sees, summed over heads and layers
     for layer in range(config.num_hidden_layers):
         for pattern, num_heads in method.parts(layer_layout(config, length, layer)):
             key = kind(pattern), pattern.layer_group(layer), own_window(config, layer)

@@ -1,8 +1,9 @@
-"""The memory of one training step, found by running it on tensors that have sizes and no data.
+"""Find the memory of one training step by running it on tensors that have sizes but no data.
 
-Every operation of forward, loss and backward runs on torch's fake tensors, and their storages are counted as they come
-and go. So the numbers follow any architecture, tuning, precision and choice of what is recomputed. Only what runs on a
-card alone has stand-ins. Not seen: CUDA's context and libraries (about 1 GiB), fragmentation, NCCL's buffers.
+Every operation of forward, loss and backward runs on torch's fake tensors, and their storages are counted as they are
+allocated and freed. So the numbers follow any architecture, tuning, precision and choice of what is recomputed. Only
+operations that need a GPU are replaced by fakes. Not counted: CUDA's context and libraries (about 1 GiB),
+fragmentation, NCCL's buffers.
 """
 
 from collections.abc import Callable, Iterable
@@ -31,27 +32,27 @@ from lctrain.plan.simulation import Simulated, Step, simulate
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one device. No part is shared between devices: data parallelism replicates them all."""
+    """A step's memory in bytes on one device, part by part."""
 
     weights: int
-    gradients: int  # counted as if they were there already: true from the second micro-batch of a step on
+    gradients: int  # counted as allocated from the start, as from a step's second micro-batch on
     optimizer: int
     buckets: int  # copies of gradients that ZeRO exchanges
     activations: int  # kept from forward to backward
     attention: int  # masks
-    loss: int  # tiles of logits, the head's gradients, at their most
-    backward: int  # one layer's recomputation and gradients, at their most, beyond what was kept
+    loss: int  # peak of the tiles of logits and the head's gradients
+    backward: int  # peak of one layer's recomputation and gradients, beyond the activations
     update: int  # temporaries of the optimizer's step
-    host: int  # not on the device: what waits in pinned host memory
+    host: int  # pinned host memory, not on the device
 
     @property
     def resident(self) -> int:
-        """There all the time."""
+        """Return the bytes that are held all the time."""
         return self.weights + self.gradients + self.optimizer + self.buckets
 
     @property
     def peak(self) -> int:
-        """The loss, the backward and the optimizer's step follow each other."""
+        """Return the most bytes held at once: loss, backward and the optimizer's step run one after the other."""
         step = self.activations + self.attention + max(self.loss, self.backward)
         return self.resident + max(step, self.update)
 
@@ -60,9 +61,10 @@ class Memory:
 
 
 class StepMemory:
-    """Memory of a step of a tuned `model` on the meta device, by what it saves. `hasten` is the recipe's.
+    """A function from savings to the memory of a step of a tuned `model`, which is on the meta device.
 
-    Few of its layers are simulated, and none twice: savings that differ in numbers of layers alone share a sample.
+    `hasten` is the recipe's method, with the savings given. Only a few layers are simulated, and results are cached:
+    savings that lead to the same sample of layers share a simulation.
     """
 
     def __init__(
@@ -94,12 +96,12 @@ class StepMemory:
             weights=found.weights + few.num_left_out * found.layer_weights,
             gradients=self._gradients,
             optimizer=self._optimizer,
-            buckets=0,  # of DistributedDataParallel: they are the gradients
+            buckets=0,  # DistributedDataParallel's buckets are the gradients themselves
             activations=found.kept - found.before + left_out,
             attention=_masks(base.config.get_text_config(), self._method, self._step, savings, self._itemsize),
             loss=found.loss,
             backward=max(0, max(peaks) - found.kept - left_out),
-            update=self._gradients,  # torch's foreach update holds one temporary of the size of all that trains
+            update=self._gradients,  # torch's foreach update holds one temporary as large as all trained parameters
             host=found.host // hosted * int(savings.resolve(last + few.num_left_out).offload) if hosted else 0,
         )
 
@@ -117,7 +119,7 @@ class StepMemory:
 
 
 def _masks(config: Any, method: Attention, step: Step, savings: Savings, itemsize: int) -> int:
-    """Bytes of the masks of one forward: one per group of layers and heads, each head's where they differ."""
+    """Return the bytes of one forward's masks: one per group of layers and heads, or one per head if heads differ."""
     num_shares = config.num_key_value_heads // (savings.kv_heads_at_a_time or config.num_key_value_heads)
     grids: dict[Any, int] = {}
     for layer in range(config.num_hidden_layers):
@@ -132,12 +134,14 @@ def _masks(config: Any, method: Attention, step: Step, savings: Savings, itemsiz
         # Indices of partial and of full blocks, by query and by key: 4 int32 tables of (L / 128)² entries.
         tables = 4 * 4 * ceil(step.length / BLOCK) ** 2
         return sum(min(num_grids * tables, 2 * MAX_LIST_BYTES) for num_grids in grids.values())
-    # A bias for every visible rectangle: at most the causal half, L² / 2 entries, where documents are packed.
+    # A bias for every visible rectangle: at most the causal half, L² / 2 entries, even if documents are packed.
     return sum(grids.values()) * itemsize * step.length**2 // 2
 
 
 def _optimizer_states(make: Callable[[Iterable[nn.Parameter]], Optimizer], trained: list[nn.Parameter]) -> int:
-    """Bytes = numel · bytes of state per parameter; the latter is seen on a small parameter of the same dtype."""
+    """Return the bytes of the optimizer's states: the number of elements times the bytes per element, measured on a
+    small parameter of the same dtype.
+    """
 
     def per_parameter(dtype: torch.dtype) -> float:
         small = nn.Parameter(torch.zeros(16, 16, dtype=dtype))

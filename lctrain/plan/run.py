@@ -1,4 +1,4 @@
-"""`lctrain plan`: the cost of a run as a table and a verdict. No weights are read, no GPU is touched."""
+"""Run `lctrain plan`: show the cost of a run as tables and a verdict. No weights are read and no GPU is used."""
 
 import logging
 from collections import Counter
@@ -38,9 +38,9 @@ from lctrain.tables import show
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-SPARE = 0.94  # of a memory; the rest is for fragments, libraries, and what else runs
-PROCESS = 4 * GIB  # of the host: what a process with CUDA's libraries takes beside what it pins
-OPTIONS = ("device", "device_memory", "host_memory", "num_devices")  # of `lctrain plan` alone
+SPARE = 0.94  # usable share of a memory; the rest is for fragmentation, libraries and other processes
+PROCESS = 4 * GIB  # host memory of a process with CUDA's libraries, besides the memory that it pins
+OPTIONS = ("device", "device_memory", "host_memory", "num_devices")  # options of `lctrain plan` alone
 
 WHAT = {
     "weights": "parameters and buffers",
@@ -55,7 +55,7 @@ WHAT = {
 }
 
 
-HELD = {  # by a device, at each of ZeRO's stages
+HELD = {  # what a device holds at each of ZeRO's stages
     0: "all of the model",
     1: "a share of the optimizer",
     2: "a share of the optimizer and the gradients",
@@ -65,7 +65,7 @@ HELD = {  # by a device, at each of ZeRO's stages
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One row length of the curriculum; FLOPs forward and backward, recomputation not counted."""
+    """The cost of a step at one row length of the curriculum; FLOPs are forward and backward, without recomputation."""
 
     length: int
     num_steps: int
@@ -75,13 +75,13 @@ class Stage:
 
     @property
     def seconds(self) -> float | None:
-        """Of a step."""
+        """Return the seconds of a step, or None if they are unknown."""
         return None if self.computing is None or self.waiting is None else self.computing + self.waiting
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run will cost. `tokens_per_step` counts all devices, `memory` is one device's."""
+    """The cost of a run. `tokens_per_step` counts all devices, `memory` is one device's."""
 
     parameters: int
     trainable: int
@@ -89,7 +89,7 @@ class Plan:
     mesh: Mesh
     sharding: Sharding
     kv_head_copies: int  # devices that compute with the same key-value head of a row
-    exchange_ratio: float  # bytes that sharing a row exchanges, against a model of enough key-value heads
+    exchange_ratio: float  # bytes exchanged to share a row, relative to a model with enough key-value heads
     kernel: str
     device: str
     savings: Savings | AutoSavings
@@ -102,7 +102,7 @@ class Plan:
 
     @property
     def hours(self) -> float | None:
-        """Of all steps, without validation and evaluation."""
+        """Return the hours of all steps, without validation and evaluation; None if a stage's time is unknown."""
         seconds = [(stage.seconds, stage.num_steps) for stage in self.stages]
         return sum(one * num for one, num in seconds if one) / 3600 if all(one for one, _ in seconds) else None
 
@@ -112,7 +112,7 @@ class Plan:
 
 
 def main(cfg: DictConfig) -> None:
-    """Prints the plan; InputError for a config that could not train."""
+    """Print the plan. Raises InputError for a config that can't train."""
     _check_positive(device_memory=cfg.device_memory)
     planned = plan(cfg)
     for table in (_sizes(planned), _compute(planned), _memory(planned)):
@@ -121,7 +121,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def plan(cfg: DictConfig) -> Plan:
-    """The plan of the run that `lctrain train` would make of `cfg`, on `num_devices` on each of its nodes."""
+    """Return the plan of the run that `lctrain train` would start from `cfg`, with `cfg.num_devices` on each node."""
     _check_positive(num_devices=cfg.num_devices, num_nodes=cfg.trainer.num_nodes, max_steps=cfg.trainer.max_steps)
     _check_positive(accumulate=cfg.trainer.accumulate_grad_batches, micro_batch_size=cfg.datamodule.micro_batch_size)
     recipe: ModelRecipe = instantiate(cfg.model, _convert_="all")
@@ -188,7 +188,7 @@ def _seconds(
     attention: float,
     taught: float,
 ) -> tuple[float, float]:
-    """How long a device computes in a step, and how long it waits for others."""
+    """Return the seconds that a device computes in a step, and the seconds that it waits for others."""
     assert isinstance(recipe.memory, Savings)
     used, num_micro_batches = card(cfg.device), cfg.trainer.accumulate_grad_batches
     row_tokens = cfg.datamodule.micro_batch_size * cfg.sequence_length
@@ -211,12 +211,15 @@ def _seconds(
 def resolve(
     cfg: DictConfig, recipe: ModelRecipe, lengths: Sequence[int], device: torch.device, num_devices: int
 ) -> ModelRecipe:
-    """The recipe with savings that fit on `device`, one of so many, in place of memory=auto. InputError if none do."""
+    """Return the recipe with savings that fit on `device`, one of `num_devices`, in place of memory=auto.
+
+    Raises DoesNotFit if none fit.
+    """
     if not isinstance(recipe.memory, AutoSavings):
         return recipe
     host = memory_limit() // max(1, num_devices // cfg.trainer.num_nodes)
     free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (host, host)
-    if num_devices > 1:  # whose ranks must choose alike: one that recomputes what another keeps would wait for it
+    if num_devices > 1:  # all ranks must choose the same savings, or those that recompute less wait for the others
         free = total
     step = _step(cfg, recipe, lengths[-1], device.type, num_devices)
     limits = {"device": free * SPARE, "host": max(0, host * SPARE - PROCESS)}
@@ -232,7 +235,7 @@ def resolve(
 
 
 def _step(cfg: DictConfig, recipe: ModelRecipe, length: int, device_type: str, num_devices: int) -> Step:
-    """What a micro-batch of rows of `length` is."""
+    """Return a description of a micro-batch with rows of `length`."""
     num_compared = _num_compared(cfg, recipe)
     return Step(
         rows=-(-cfg.datamodule.micro_batch_size * cfg.sequence_length // length),
@@ -249,7 +252,7 @@ def _step(cfg: DictConfig, recipe: ModelRecipe, length: int, device_type: str, n
 def _memory_of(
     cfg: DictConfig, recipe: ModelRecipe, step: Step, device_type: str, *, device: float, host: float
 ) -> tuple[ModelRecipe, Memory]:
-    """The recipe with its savings, chosen if it leaves them to the plan, and what a step takes with them."""
+    """Return the recipe with its savings, chosen here under memory=auto, and a step's memory with these savings."""
     kernels = LAYER_KERNELS if recipe.layer_kernel != "plain" and device_type == "cuda" else None
 
     def hasten(model: PreTrainedModel, host: Host, savings: Savings) -> None:
@@ -282,13 +285,13 @@ def _memory_of(
 
 
 def _num_compared(cfg: DictConfig, recipe: ModelRecipe) -> int:
-    """States of a teacher that a step keeps; 0 without one."""
+    """Return how many of a teacher's states a step keeps; 0 without a teacher."""
     num_layers = recipe.config().get_text_config().num_hidden_layers
     return int(instantiate(cfg.objective, _convert_="all").num_compared(num_layers))
 
 
 def _heads_at_a_time(recipe: ModelRecipe, model: nn.Module, step: Step, sharding: Sharding) -> list[int]:
-    """The numbers of key-value heads that attention could compute at a time, falling."""
+    """Return the numbers of key-value heads that attention could compute at a time, descending."""
     if recipe.drops_out() or sharding.stage == 3 or not parts_heads(unwrap(model)):  # type: ignore[arg-type]
         return []
     config = recipe.config().get_text_config()
@@ -299,7 +302,7 @@ def _heads_at_a_time(recipe: ModelRecipe, model: nn.Module, step: Step, sharding
 
 
 def _kernel(recipe: ModelRecipe, device_type: str) -> str:
-    """The name of the kernel that would run there."""
+    """Return the name of the kernel that would run on `device_type`."""
     config = recipe.config()
     return choose(recipe.kernel, demand(config, recipe.torch_dtype(config), device_type))[0]
 
@@ -311,17 +314,17 @@ def _check_positive(**values: Any) -> None:
 
 
 def _skeleton(recipe: ModelRecipe) -> nn.Module:
-    """The model as it would train, on the meta device."""
+    """Return the model as it would train, on the meta device."""
     config = recipe.config()
     text = config.get_text_config()
     rope = text.rope_parameters
-    if rope.get("rope_type") in ("dynamic", "longrope"):  # these look at positions, which aren't there; sizes are alike
+    if rope.get("rope_type") in ("dynamic", "longrope"):  # these read positions, which have no data; sizes are equal
         text.rope_parameters = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     return recipe.skeleton(config)
 
 
 def verdict(planned: Plan, cfg: DictConfig) -> str:
-    """One line: whether the peak fits into `device_memory`, by how much not, and what would help."""
+    """Return one line: whether the peak fits into `device_memory`, and if not, by how much and what would help."""
     spare = cfg.device_memory - planned.memory.peak / GIB
     if spare >= 0:
         return f"fits: {planned.memory.peak / GIB:.2f} of {cfg.device_memory:g} GiB, {spare:.2f} GiB to spare"
@@ -331,7 +334,7 @@ def verdict(planned: Plan, cfg: DictConfig) -> str:
 
 
 def _remedies(planned: Plan, cfg: DictConfig) -> Iterator[str]:
-    """Options not yet taken that shrink what is large, a tenth of the peak at least."""
+    """Yield unused options that shrink large parts of the memory, those above a tenth of the peak."""
     memory = planned.memory
     large = {name for name, size in memory.parts().items() if size > memory.peak / 10}
     if "activations" in large and planned.savings == NOTHING:

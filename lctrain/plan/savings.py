@@ -1,4 +1,4 @@
-"""`memory=auto`: of all savings the cheapest that fits."""
+"""Choose the savings for `memory=auto`: the cheapest that fit."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -8,10 +8,10 @@ from functools import cache
 from lctrain.memory.savings import NOTHING, Savings
 from lctrain.plan.memory import Memory
 
-MLP_TILE = 8192  # tokens fill a card's matrix units
-MAX_TILES = 16  # of a row: more would save little, and each costs launches
-MAX_SHARES = 4  # of heads: with more, attention takes less than the MLP, and nothing is saved
-GROUPS = (2, 3, 4)  # layers between two kept inputs; the more, the more inputs a group needs while it is computed
+MLP_TILE = 8192  # tokens that fill a GPU's matrix units
+MAX_TILES = 16  # tiles of a row: more would save little, and each costs kernel launches
+MAX_SHARES = 4  # shares of the heads: with more, attention takes less memory than the MLP, and nothing is saved
+GROUPS = (2, 3, 4)  # layers from one kept input to the next; larger groups hold more inputs while they are computed
 
 
 def choose_savings(
@@ -24,9 +24,10 @@ def choose_savings(
     dropout: bool,
     heads: Sequence[int] = (),
 ) -> tuple[Savings, Memory]:
-    """The first of `ladder` that fits into `device` and `host` bytes, or else the smallest; and its plan.
+    """Return the first savings of `ladder` that fit into `device` and `host` bytes, or else the smallest, and their
+    memory.
 
-    `heads` are the numbers of key-value heads that attention may compute at a time, falling.
+    `heads` are the numbers of key-value heads that attention may compute at a time, descending.
     """
     known = cache(plan)
     tile = max(MLP_TILE, length // MAX_TILES)
@@ -48,12 +49,12 @@ def choose_savings(
 def ladder(
     recomputed: Savings, *, num_hosted: Callable[[], int], heads: Sequence[int], groups: Sequence[int]
 ) -> Iterator[Sequence[Savings]]:
-    """Rungs by rising cost; on each, savings by rising cost and shrinking memory.
+    """Yield lists of savings by rising cost; within a list, cost rises and memory shrinks.
 
     `recomputed` recomputes all layers but their attention. Recomputing a layer without its attention costs less than a
-    third of its step; a copy to the host runs beside the computation, yet slows what shares its memory; attention by
-    parts runs its projections once more; recomputing attention costs most where rows are long. At most `num_hosted`
-    inputs fit on the host.
+    third of the layer's step; a copy to the host runs during the computation, but slows it by using its memory
+    bandwidth; attention by parts runs its projections once more; recomputing attention costs most on long rows. At most
+    `num_hosted` inputs fit on the host.
     """
     num_layers = int(recomputed.checkpoint_layers)
     yield [NOTHING]

@@ -1,4 +1,4 @@
-"""How long a step takes: operations over the rates at which they were measured to run."""
+"""Estimate how long a step takes: operations over the rates at which they were measured to run."""
 
 from dataclasses import dataclass
 
@@ -8,20 +8,20 @@ from lctrain.kernels.fp8 import FP8Linear
 from lctrain.memory.savings import Savings
 from lctrain.plan.cards import Card
 
-# Shares of the datasheet's dense bf16 rate. Of a profile of 32k tokens (docs/results/step.md):
+# Shares of the datasheet's dense bf16 rate. From a profile of 32k tokens (docs/results/step.md):
 MATRIX = 0.67  # matrix products
-# Fitted, with that, to twelve steps of an 8B Llama on one H200, from 32k to a million tokens (docs/results/plan.md):
+# Fitted, given MATRIX, to twelve steps of an 8B Llama on one H200, from 32k to a million tokens (docs/results/plan.md):
 FP8 = 1.08  # matrix products in fp8, the scaling of their inputs included
 ATTENTION = 0.625  # flash-attn-4, forward and backward
-BACKWARD = 2.5  # attention's backward computes so many times its forward
-# Norms, gates, residuals and LoRA move so often a token's hidden and intermediate state, in each layer, at so much of
-# the datasheet's rate; a third of it each time that a forward runs again.
+BACKWARD = 2.5  # FLOPs of attention's backward, in multiples of its forward's
+# In each layer, norms, gates, residuals and LoRA move a token's hidden and intermediate state MOVED times, at the share
+# BANDWIDTH of the datasheet's rate; a third of that again for each forward that runs again.
 MOVED, BANDWIDTH = 39, 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """FLOPs of one token, by what they run on; recomputation is counted."""
+    """The work of one token: FLOPs by the kind of operation, and bytes moved; recomputation is counted."""
 
     matrix: float
     fp8: float
@@ -29,19 +29,20 @@ class Work:
     moved: float  # bytes
 
     def seconds(self, card: Card) -> float:
-        """Return how long `card` computes."""
+        """Return how many seconds `card` computes."""
         products = self.matrix / MATRIX + self.fp8 / FP8 + self.attention / ATTENTION
         return products / card.flops + self.moved / (BANDWIDTH * card.bandwidth)
 
 
 def work(model: nn.Module, attention: float, savings: Savings, fp8: bool, taught: float = 0.0) -> Work:
-    """What a token costs a tuned model with these savings, if `attention` FLOPs are those of attention's forward, and
-    `taught` those of a teacher's, whose forward comes before it.
+    """Return the work of a token in a tuned model with these savings.
+
+    `attention` is the FLOPs of attention's forward, and `taught` that of a teacher's, which runs another forward.
     """
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
     counts = savings.resolve(config.num_hidden_layers)
     share = int(counts.checkpoint_layers) / config.num_hidden_layers
-    again = share * (1 - 1 / counts.checkpoint_every)  # forwards that find the inputs that were not kept
+    again = share * (1 - 1 / counts.checkpoint_every)  # forwards that recompute inputs which were not kept
     frozen = trained = head = projections = 0
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | FP8Linear) and "lora_" not in name:
@@ -53,7 +54,7 @@ def work(model: nn.Module, attention: float, savings: Savings, fp8: bool, taught
                 trained += size
             else:
                 frozen += size
-    last = config.hidden_size * config.intermediate_size * config.num_hidden_layers  # no one needs its output again
+    last = config.hidden_size * config.intermediate_size * config.num_hidden_layers  # its output is not recomputed
     passes = 2 + again
     layers = 2 * (passes * (frozen + trained) + share * (frozen + trained - last))
     if counts.kv_heads_at_a_time:

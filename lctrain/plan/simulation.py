@@ -1,4 +1,4 @@
-"""A training step on tensors that have sizes and no data: torch's fake tensors, whose storages are counted."""
+"""Simulate a training step on torch's fake tensors, which have sizes but no data, and count their storages."""
 
 import weakref
 from collections.abc import Callable
@@ -22,36 +22,36 @@ from lctrain.plan.stand_ins import CountingHost, attend_by, loss_of
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What a micro-batch on one device is."""
+    """A micro-batch on one device, and how it is computed."""
 
     rows: int
     length: int
-    kernel: str  # not reference
-    autocast: bool  # bf16-mixed
+    kernel: str  # any but reference
+    autocast: bool  # whether the forward computes in bf16
     num_devices: int
-    sequence_parallel_size: int = 1  # of them have a part of each row
-    fused_loss: bool = False  # Liger's, else tiles
-    num_compared: int = 0  # states of a teacher, in place of the head's loss
+    sequence_parallel_size: int = 1  # devices that share each row
+    fused_loss: bool = False  # whether Liger computes the loss, else tiles do
+    num_compared: int = 0  # compared states of a teacher, whose distance then replaces the head's loss
 
 
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
-    """Bytes of one step. What is live is counted from the first storage on; lists have an entry for each layer."""
+    """Bytes of one simulated step. Live bytes include all storages that exist; lists have an entry per layer."""
 
     weights: int
     layer_weights: int
     before: int  # live before the forward
-    kept: int  # live behind the forward
-    kept_by_layer: list[int]  # live behind each layer's forward
-    loss: int  # at most, beyond what is kept
-    peaks: list[int]  # most that lived in each layer's backward, and, at the end, in what comes behind the layers
+    kept: int  # live after the forward
+    kept_by_layer: list[int]  # live after each layer's forward
+    loss: int  # the loss's peak, beyond `kept`
+    peaks: list[int]  # most live in each layer's backward; the last entry is for the modules after the layers
     host: int
 
 
 def simulate(
     model: nn.Module, method: Attention, step: Step, hasten: Callable[[PreTrainedModel, Host], None]
 ) -> Simulated:
-    """One step of a tuned `model` on the meta device, which is used up. `hasten` is the recipe's."""
+    """Simulate one step of a tuned `model` on the meta device, which this changes. `hasten` is the recipe's method."""
     host = CountingHost()
     with FakeTensorMode():
         _materialize(model)
@@ -65,7 +65,7 @@ def simulate(
 def _run(model: PreTrainedModel, step: Step, host: CountingHost) -> Simulated:
     model.train()
     ids = torch.empty(step.rows, step.length // step.sequence_parallel_size, dtype=torch.int64)
-    given = torch.empty(1, 1, 1, 1)  # a mask that is there already, so that transformers builds none
+    given = torch.empty(1, 1, 1, 1)  # a ready mask, so that transformers builds none
     decoder = model.get_decoder()
     with Storages() as storages:
         for tensor in _tensors(model):
@@ -100,7 +100,7 @@ def _run(model: PreTrainedModel, step: Step, host: CountingHost) -> Simulated:
 
 
 class _Marks:
-    """Reads the count where layers begin and end."""
+    """A recorder of the live and peak bytes where layers begin and end."""
 
     def __init__(self, storages: "Storages", layers: Any) -> None:
         self.kept: list[int] = []
@@ -115,34 +115,35 @@ class _Marks:
             hidden.register_hook(lambda _: self.end_layer(index))
 
     def end_forward(self) -> None:
-        """Layers that run again from here on are not the forward."""
+        """Remove the hooks, so that layers that are recomputed later do not count as the forward."""
         for hook in self._hooks:
             hook.remove()
 
     def end_layer(self, next_layer: int = -1) -> None:
-        """In the backward, which visits `next_layer` from here on."""
+        """Record the peak of the current layer's backward, after which `next_layer`'s backward runs."""
         self.peaks[self._layer] = self._storages.peak
         self._storages.restart()
         self._layer = next_layer
 
 
 def _loss(model: PreTrainedModel, hidden: Tensor, step: Step, storages: "Storages") -> int:
-    """Most bytes in the loss and its backward."""
+    """Return the most bytes held by the loss and its backward."""
     if step.num_compared:
         return _distance(hidden, step.num_compared)
     return _fused_loss(model, hidden) if step.fused_loss else _tiled_loss(model, hidden, step.autocast, storages)
 
 
 def _distance(hidden: Tensor, num_compared: int) -> int:
-    """Teacher's and student's states where every token has a label, and of one of them both and a difference in fp32.
+    """Return the bytes of the teacher's and student's compared states if every token has a label, and, for one state at
+    a time, of both and their difference in fp32.
 
-    The teacher's forward keeps nothing else, and is over before the student's begins.
+    The teacher's forward keeps nothing else, and ends before the student's begins.
     """
     return hidden.numel() * (2 * hidden.itemsize * num_compared + 3 * 4)
 
 
 def _tiled_loss(model: PreTrainedModel, hidden: Tensor, autocast: bool, storages: "Storages") -> int:
-    """From the third tile on it is a line in the number of tokens."""
+    """Return the tiled loss's most bytes, extrapolated from two and three tiles: from there on, they grow linearly."""
     head = model.get_output_embeddings()
     tile, num_tokens = max(1, MAX_LOGITS // head.weight.shape[0]), hidden.shape[0] * hidden.shape[1]
 
@@ -151,7 +152,7 @@ def _tiled_loss(model: PreTrainedModel, hidden: Tensor, autocast: bool, storages
         labels = torch.empty(num_tokens, dtype=torch.int64)
         before = storages.restart()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
-            valid = source.clone()  # as selecting the valid tokens does
+            valid = source.clone()  # selecting the valid tokens also copies
             total, _ = linear_cross_entropy(valid, head.weight, head.bias, labels, softcap=softcap(model))
         del valid
         if total.requires_grad:
@@ -165,8 +166,9 @@ def _tiled_loss(model: PreTrainedModel, hidden: Tensor, autocast: bool, storages
 
 
 def _fused_loss(model: PreTrainedModel, hidden: Tensor) -> int:
-    """Liger's: the gradient of the hidden states, and logits of as many tokens as make them about that large. Where the
-    head trains: its gradient, a tile's share of that in bf16 and again in fp32, and the head in bf16.
+    """Return the bytes of Liger's loss: the gradient of the hidden states, and logits of about the same size.
+
+    If the head trains, add its gradient, one tile's part of that sum in bf16 and in fp32, and the head in bf16.
     """
     weight = model.get_output_embeddings().weight
     vocab_size, hidden_size = weight.shape
@@ -177,7 +179,7 @@ def _fused_loss(model: PreTrainedModel, hidden: Tensor) -> int:
 
 
 class Storages(TorchDispatchMode):
-    """Counts the bytes of all storages that operations return, for as long as they live."""
+    """A dispatch mode that counts the bytes of all storages that operations return, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -194,7 +196,7 @@ class Storages(TorchDispatchMode):
 
     def count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._known:  # else a view
+        if storage._cdata not in self._known:  # a known storage belongs to a view
             self._known.add(storage._cdata)
             self.live += storage.nbytes()
             self.peak = max(self.peak, self.live)
@@ -205,7 +207,7 @@ class Storages(TorchDispatchMode):
         self.live -= num_bytes
 
     def restart(self) -> int:
-        """What is live now; the peak is counted anew from here."""
+        """Return the live bytes, and count the peak anew from here."""
         self.peak = self.live
         return self.live
 
@@ -215,7 +217,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _materialize(model: nn.Module) -> None:
-    """Meta tensors become fake ones on the CPU, where autocast works. Tied ones stay tied."""
+    """Replace meta tensors by fake ones on the CPU, where autocast works. Tied tensors stay tied."""
     fakes: dict[Tensor, Tensor] = {}
     for module in model.modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:

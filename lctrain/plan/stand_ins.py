@@ -1,4 +1,4 @@
-"""What stands in, on tensors without data, for what runs on a card only: it allocates and keeps what that would.
+"""Fake CUDA-only kernels for planning: they allocate and save the same tensors, without data.
 
 Shape legend: B rows, H query heads, K key-value heads, L tokens, D head dim.
 """
@@ -18,7 +18,7 @@ from lctrain.plan.flops import layer_layout
 
 
 class FakeUlysses(Ulysses):
-    """The exchange of the first of `size` ranks: what it receives is allocated, and nobody sends."""
+    """The exchange as the first of `size` ranks sees it: what it receives is allocated, and nothing is sent."""
 
     def __init__(self, size: int) -> None:
         object.__setattr__(self, "_size", size)
@@ -47,8 +47,10 @@ class _Received(torch.autograd.Function):
 
 
 def attend_by(method: Attention, length: int, sequence_parallel_size: int) -> Callable[..., tuple[Tensor, None]]:
-    """Return what `AttentionInterface` calls in rows of `length` that so many ranks share: `method`, with a fused
-    kernel for each of its patterns, which keeps its inputs, its output and a log-sum-exp per query.
+    """Return a function for `AttentionInterface` that fakes `method` on rows of `length`, shared by this many ranks.
+
+    Each of the method's patterns runs a fake fused kernel, which saves its inputs, its output and a log-sum-exp per
+    query.
     """
     ulysses = FakeUlysses(sequence_parallel_size) if sequence_parallel_size > 1 else None
 
@@ -75,14 +77,14 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> Tensor:
         B, H, L, _ = q_BHLD.shape
-        out_BHLD = q_BHLD.new_empty(B, L, H, v_BKLD.shape[-1]).transpose(1, 2)  # laid out as the next layer wants it
+        out_BHLD = q_BHLD.new_empty(B, L, H, v_BKLD.shape[-1]).transpose(1, 2)  # strides as the next layer needs them
         ctx.save_for_backward(q_BHLD, k_BKLD, v_BKLD, out_BHLD, q_BHLD.new_empty(B, H, L, dtype=torch.float32))
         return out_BHLD
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, out, lse = ctx.saved_tensors  # all of them until the end
-        summed = [q, k, v] if q.shape[1] != k.shape[1] else [q]  # in fp32, where several blocks add to a gradient
+        q, k, v, out, lse = ctx.saved_tensors  # a real kernel holds all of them until its end
+        summed = [q, k, v] if q.shape[1] != k.shape[1] else [q]  # gradients to which several blocks add, in fp32
         workspace = [torch.empty_like(x, dtype=torch.float32) for x in summed]
         gradients = tuple(torch.empty_like(x) for x in (q, k, v))
         del workspace, out, lse
@@ -123,7 +125,7 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
-        return ctx.saved_tensors  # type: ignore[no-any-return]  # written over
+        return ctx.saved_tensors  # type: ignore[no-any-return]  # the real kernel writes gradients over its inputs
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, casting: str, in_place: bool) -> Tensor:
@@ -143,7 +145,7 @@ class _Stored:
 
 
 class CountingHost:
-    """The host's memory: a number of bytes. torch pins powers of two of them."""
+    """A fake host memory that only counts its bytes, in powers of two, as torch pins them."""
 
     num_bytes = 0
 

@@ -1,4 +1,4 @@
-"""When checkpoints are written, so that they are whole or absent."""
+"""Write checkpoints on schedule and on signals, so that each is whole or absent."""
 
 import os
 import shutil
@@ -16,15 +16,15 @@ from lctrain.errors import InputError, RunError, Stopped
 from lctrain.folder import CHECKPOINTS
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-GO_ON, SAVE, STOP = 0, 1, 2  # what a rank wants behind a step
+GO_ON, SAVE, STOP = 0, 1, 2  # what a rank asks for after a step
 
 
 class Checkpoint(Callback):
-    """Writes the run's state every so many optimizer steps or minutes, at the end, and when asked to stop.
+    """A callback that saves the run every so many optimizer steps or minutes, at the end, and on SIGTERM or SIGUSR1.
 
-    SIGTERM and SIGUSR1 only set a flag; the step is finished, one checkpoint written, then the run ends. A checkpoint
-    is written beside its final name, by all ranks, and renamed when all of it is on disk, so a crash never leaves half
-    of one in its place.
+    The signals only set a flag: the step is finished, a checkpoint is written, then the run ends. All ranks write a
+    checkpoint under a temporary name, which is replaced by the final one once all of the checkpoint is on disk, so
+    that a crash never leaves half a checkpoint under the final name.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Checkpoint(Callback):
         self._saved_at = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for number in SIGNALS:  # in place of Lightning's, which end the run without a checkpoint; restored behind fit
+        for number in SIGNALS:  # Lightning's handlers, restored after fit, would end the run without a checkpoint
             signal.signal(number, self._on_signal)
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
 
@@ -67,18 +67,20 @@ class Checkpoint(Callback):
 
     @staticmethod
     def _agree(trainer: Trainer, wish: int) -> int:
-        """The most that any rank wants: clocks and signals differ between them, a checkpoint is written together."""
+        """Return the largest wish of all ranks, which write checkpoints together but differ in clocks and signals."""
         wishes = torch.tensor(wish, device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(wishes, reduce_op="max"))
 
     def save(self, trainer: Trainer) -> None:
-        """Write step-N.ckpt, then delete the oldest beyond `num_kept`. RunError, on every rank, if a disk refuses."""
+        """Write step-N.ckpt, then delete the oldest beyond `num_kept`. Raises RunError on every rank if any rank's disk
+        fails.
+        """
         final = self.folder / f"step-{trainer.global_step:08d}.ckpt"
         aside = final.with_suffix(".partial")
         try:
             trainer.save_checkpoint(aside, weights_only=False)
             if trainer.is_global_zero:
-                shutil.rmtree(final, ignore_errors=True)  # a broken one that was skipped
+                shutil.rmtree(final, ignore_errors=True)  # a broken checkpoint that resuming skipped
                 aside.rename(final)
                 _sync(self.folder)
         except OSError as error:
@@ -87,23 +89,23 @@ class Checkpoint(Callback):
             message = f"checkpoint of step {trainer.global_step} could not be written to {self.folder}: {error}"
             raise RunError(message) from error
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
-        if trainer.is_global_zero:  # a later one is a broken one that was skipped: it must not count as kept
+        if trainer.is_global_zero:  # a later checkpoint is a broken one that resuming skipped: don't count it as kept
             for old in [path for path in self.written() if path <= final][: -self.num_kept]:
                 shutil.rmtree(old)
 
     def written(self) -> list[Path]:
-        """Oldest to newest."""
+        """Return the paths of all checkpoints, oldest first."""
         return sorted(self.folder.glob(CHECKPOINTS))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stopped_by = signal.Signals(number).name
         told = f"{self.stopped_by}: this step is finished and a checkpoint written, then the run ends\n"
-        with suppress(OSError):  # a full disk, say. A handler that logs could enter a stream that is being written to
+        with suppress(OSError):  # such as a full disk. Logging here could re-enter a stream in the middle of a write
             os.write(1, told.encode())
 
 
 def _sync(folder: Path) -> None:
-    """What was renamed in the folder is on the disk on return."""
+    """Flush the folder's entries, and so its renames, to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

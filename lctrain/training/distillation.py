@@ -1,4 +1,4 @@
-"""What a cheaper attention is to reproduce: the same model's full attention."""
+"""Distillation: train a model with a cheaper attention to reproduce the same model's full attention."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,16 +26,17 @@ CHOICES = {"loss": ("hidden_state", "attention_output", "logit_kl"), "layers": (
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation(Objective):
-    """The distance from the student, under any attention, to its own full attention without adapters, and λ·Σ|α|.
+    """The distance from the student (any attention) to the teacher (the same model, full attention, no adapters),
+    plus λ·Σ|α| over the gates.
 
-    At the tokens that have a label (of a corpus that marks its answers: there), `loss` is the mean over the hidden
-    size of the squared difference of hidden states, as DuoAttention's (arXiv:2410.10819, eq. 2 and the authors' code,
-    which average where the paper sums), or of attention's outputs behind their projection; or KL(teacher ‖ student) of
-    the next token, in nats. `layers` last: the last hidden states, final norm included, or the last layer's attention;
-    all: the mean over every layer's output or attention.
+    The distance is taken at tokens with a label, which are only the answers where a corpus marks them. `loss` is
+    `hidden_state` or `attention_output` (after the output projection): the squared difference, averaged over the hidden
+    size, as in DuoAttention (arXiv:2410.10819, eq. 2; the paper sums, the authors' code averages); or `logit_kl`:
+    KL(teacher ‖ student) of the next token, in nats. `layers` is `last`: the last hidden states after the final norm,
+    or the last layer's attention; or `all`: the mean over every layer's output or attention.
 
-    `gate_weight` is λ of eq. 3, for attention=duo. `gate_reduction` sum is the paper's; mean makes λ independent of the
-    number of gates. The term is added once a step, however the step is divided.
+    `gate_weight` is λ of eq. 3, for attention=duo. `gate_reduction` is `sum`, as in the paper, or `mean`, which makes λ
+    independent of the number of gates. The gate term is added once per step, however the step is divided.
     """
 
     loss: Literal["hidden_state", "attention_output", "logit_kl"]
@@ -65,26 +66,26 @@ class Distillation(Objective):
 
     def __call__(self, model: PreTrainedModel | PeftModel, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
         valid_BL = batch["labels"] != IGNORED
-        with teaching(model):  # first: the student's forward is what the backward expects to be the last
+        with teaching(model):  # before the student: the backward expects the student's forward to be the latest
             taught = self._states(model, batch, valid_BL)
         learned = self._states(model, batch, valid_BL)
         return {self.loss: self.distance(model, learned, taught), **self.gate_term(model, valid_BL)}
 
     def _states(self, model: PreTrainedModel | PeftModel, batch: Mapping[str, Any], valid_BL: Tensor) -> list[Tensor]:
-        """What is compared, [N, D] a layer."""
+        """Run the model and return the states to compare, [N, D] for each compared layer."""
         with outputs_of(self._observed(unwrap(model)), valid_BL) as outputs:
             last = hidden_states(model, batch["input_ids"], batch["position_ids"])
         return [x if x.ndim == 2 else x[valid_BL] for x in outputs or [last]]
 
     def _observed(self, model: PreTrainedModel) -> Sequence[nn.Module]:
-        """The modules whose outputs are compared; none for the model's own."""
+        """Return the modules whose outputs are compared; none means the model's last hidden states."""
         if self.loss == "attention_output":
             modules = attention_modules(model)
             return modules if self.layers == "all" else modules[-1:]
         return list(model.get_decoder().layers) if self.layers == "all" else []
 
     def distance(self, model: PreTrainedModel | PeftModel, learned: list[Tensor], taught: list[Tensor]) -> Tensor:
-        """Summed over tokens, of the student's and the teacher's states, [N, D] a layer."""
+        """Return the distance between the student's and the teacher's states, [N, D] per layer, summed over tokens."""
         if self.loss == "logit_kl":
             head = unwrap(model).get_output_embeddings()
             return linear_kl(learned[0], taught[0], head.weight, head.bias, softcap=softcap(model))
@@ -92,7 +93,7 @@ class Distillation(Objective):
         return torch.stack(squares).mean()
 
     def gate_term(self, model: PreTrainedModel | PeftModel, valid_BL: Tensor) -> dict[str, Tensor]:
-        """λ·Σ|α| for each valid token, so that the mean over a step's tokens has it once."""
+        """Return λ·Σ|α| times the number of valid tokens, so that the mean over a step's tokens holds it once."""
         if not self.gate_weight:
             return {}
         gates = torch.cat([gate_K.abs() for gate_K in gates_of(model)])
@@ -102,9 +103,10 @@ class Distillation(Objective):
 
 @contextmanager
 def outputs_of(modules: Sequence[nn.Module], valid_BL: Tensor) -> Iterator[list[Tensor]]:
-    """What each module gives out while this is open: [B, L, D], or [N, D] of the valid tokens where nothing trains.
+    """Yield a list that collects each module's output: [B, L, D], or [N, D] at the valid tokens if gradients are off.
 
-    A layer that will be recomputed must do the same then, without hooks: with gradients nothing is computed here.
+    With gradients on, nothing is computed here, because a layer that is recomputed in the backward runs without these
+    hooks and must do the same operations.
     """
     outputs: list[Tensor] = []
 

@@ -1,4 +1,4 @@
-"""How gates move: two numbers a step, and a picture now and then."""
+"""Record DuoAttention's gates during training: two numbers per step, and a heatmap at intervals."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -26,15 +26,15 @@ PICTURE = "gates.png"
 
 
 def gates_of(model: PreTrainedModel | PeftModel) -> list[Parameter]:
-    """Each layer's gates [key-value heads]."""
+    """Return each layer's gates, [key-value heads]."""
     return [module.get_parameter(GATES) for module in attention_modules(unwrap(model))]
 
 
 class Gates(Callback):
-    """Records the mean gate and the share of gates above `threshold` at every optimizer step.
+    """A callback that records the mean gate and the share of gates above `threshold` at every optimizer step.
 
-    Every `every_num_steps` and at the end the gates are drawn, layer by head, for W&B where that records the run; the
-    last picture is gates.png in `folder`. Stands before Metrics, which writes down what it finds.
+    Every `every_num_steps` steps and at the end, the gates are drawn as a heatmap of layers by heads, for W&B if it
+    records the run; the last heatmap is gates.png in `folder`. Must come before Metrics, which writes these numbers.
     """
 
     def __init__(self, *, folder: str, threshold: float, every_num_steps: int) -> None:
@@ -46,7 +46,7 @@ class Gates(Callback):
         self.folder, self.threshold, self.every_num_steps = Path(folder), threshold, every_num_steps
 
     def check(self, attention: Attention) -> None:
-        """InputError where there are no gates to record."""
+        """Raise InputError if the attention has no gates to record."""
         if GATES not in attention.learned():
             raise InputError("callbacks=gates records the gates of attention=duo; this attention has none")
 
@@ -72,7 +72,7 @@ class Gates(Callback):
 
 
 def gate_heatmap(gates_LK: Tensor, title: str) -> Figure:
-    """Layers downwards, key-value heads to the right, from 0 to 1; a gate bears its number where they are few."""
+    """Draw the gates (0 to 1), layers downwards and key-value heads to the right, with values if there are few."""
     num_layers, num_heads = gates_LK.shape
     with rc_context(STYLE):
         figure = Figure(figsize=(max(4.6, 2.6 + 0.42 * num_heads), max(3.2, 1.5 + 0.26 * num_layers)))

@@ -1,4 +1,4 @@
-"""The state of every random generator that a library may draw from."""
+"""Save and restore the state of every random generator that a library may draw from."""
 
 import random
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 
 
 def rng_state() -> dict[str, Any]:
-    """Every generator's state, as types that load with weights_only."""
+    """Return every generator's state, in types that torch.load accepts with weights_only."""
     name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - what libraries draw from
     return {
         "python": random.getstate(),
@@ -19,7 +19,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """The inverse of `rng_state`."""
+    """Set every generator to a state that `rng_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]

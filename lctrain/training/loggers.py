@@ -1,4 +1,4 @@
-"""Weights & Biases: online with a key, else offline; never a reason for a run to stop."""
+"""Log to Weights & Biases, online with a key and offline otherwise; a failure of W&B never stops a run."""
 
 import logging
 import os
@@ -21,27 +21,27 @@ SLURM = {"job_id": "SLURM_JOB_ID", "nodes": "SLURM_JOB_NODELIST", "restarts": "S
 
 
 class StepLogger(WandbLogger):
-    """Lightning's logger with W&B's own axis in optimizer steps.
+    """Lightning's W&B logger with optimizer steps as W&B's own step axis.
 
-    W&B counts calls otherwise, and a run that goes on offline would count from 0 again. Steps that are logged twice are
-    the same to the bit; a server keeps the first.
+    Otherwise W&B counts calls, and a run that is continued offline would count from 0 again. A step that is logged
+    twice has the same values to the bit; a server keeps the first.
     """
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         try:
             self.experiment.log({**metrics, "trainer/global_step": step}, step=step)
-        except Exception as error:  # whatever became of W&B, metrics.jsonl has the step and the run goes on
+        except Exception as error:  # metrics.jsonl has the step, so the run goes on whatever fails in W&B
             log.warning("W&B did not take step %s (%s)", step, type(error).__name__)
 
 
 def wandb_logger(
     *, project: str, entity: str | None, name: str | None, folder: str, mode: Literal["auto", "online", "offline"]
 ) -> WandbLogger:
-    """A logger on a run whose id lives in `folder`, so that a resumed run goes on in the same W&B run.
+    """Return a logger for a W&B run whose id is stored in `folder`, so that a resumed run continues the same W&B run.
 
-    `mode=auto` is online where a key is configured and WANDB_MODE does not say otherwise. Where W&B can't be reached
-    the run is recorded offline; the log says so, and how to sync it. Only the first rank talks to W&B.
+    `mode=auto` is online if a key is configured and WANDB_MODE does not forbid it. If W&B can't be reached, the run is
+    recorded offline, and the log says so and how to sync it. Only the first rank talks to W&B.
     """
     if not is_first_process():
         return StepLogger()
@@ -54,15 +54,13 @@ def wandb_logger(
         run = _start(project, entity, name, folder, "online" if online else "offline")
     except wandb.Error as error:
         log.warning("W&B can't be reached (%s); recording offline", str(error).splitlines()[0])
-        wandb.teardown()  # else the id stays taken
+        wandb.teardown()  # otherwise the run's id stays taken
         run, online = _start(project, entity, name, folder, "offline"), False
     log.info("W&B: %s", run.url if online else f"offline; upload with: wandb sync {Path(run.dir).parent}")
     if job := {name: os.environ[variable] for name, variable in SLURM.items() if variable in os.environ}:
         run.config.update({"slurm": job}, allow_val_change=True)  # type: ignore[no-untyped-call]
     logger = StepLogger(experiment=run)
-    if (
-        not online
-    ):  # W&B's process may have ended before what it held was on the disk: a file holds all of the run so far
+    if not online:  # W&B's process may have ended before it wrote all to disk: log again what metrics.jsonl holds
         for row in read_history(Path(folder) / "metrics.jsonl"):
             logger.log_metrics({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
     return logger
@@ -79,7 +77,7 @@ def _start(
         id=_run_id(Path(folder) / "wandb_id.txt"),
         resume="allow" if mode == "online" else None,
         mode=mode,
-        # No metadata: it holds the command line, on which a key may stand. The commit is recorded without it.
+        # No metadata: it holds the command line, which may contain a key. The commit is recorded without it.
         settings=wandb.Settings(init_timeout=INIT_TIMEOUT, silent=True, save_code=False, x_disable_meta=True),
     )
 

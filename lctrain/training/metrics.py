@@ -1,4 +1,4 @@
-"""What a run records at every optimizer step, and how a person sees it."""
+"""Record a run's metrics at every optimizer step, and show them as a progress line."""
 
 import json
 import math
@@ -22,13 +22,14 @@ from lctrain.plan.flops import device_peak_flops, training_flops
 from lctrain.training.checkpoint import Checkpoint
 from lctrain.training.strategy import ShardedCheckpoints
 
-REPORT_EVERY_SECONDS = 10.0  # without a terminal
+REPORT_EVERY_SECONDS = 10.0  # where the output is no terminal
 
 
 class Metrics(Callback):
-    """Loss (and its terms), perplexity, learning rate, gradient norm, speed and memory of each optimizer step.
+    """A callback that records loss (and its terms), perplexity, learning rate, gradient norm, speed and memory of each
+    optimizer step.
 
-    Stops the run on a loss or gradient that is not finite before the optimizer sees it: the last checkpoint is good.
+    Raises RunError when the loss or gradient is not finite, before it is applied, so that the last checkpoint is good.
     """
 
     def __init__(self, *, folder: str) -> None:
@@ -58,12 +59,13 @@ class Metrics(Callback):
         self._started = time.perf_counter()  # validation is not training time
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        # A share of the step's mean: Lightning has divided by the accumulation, and ranks are averaged.
+        # Each micro-batch adds a share of the step's mean: Lightning has divided by the accumulation, and the mean over
+        # ranks is taken later.
         self._loss = self._loss + loss.detach()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches:
-            return  # DeepSpeed's engine is stepped behind every micro-batch
+            return  # DeepSpeed's engine is stepped after every micro-batch
         self._loss = trainer.strategy.reduce(self._loss, reduce_op="mean")
         terms = cast(Any, pl_module).losses if len(cast(Any, pl_module).losses) > 1 else {}
         reduced = {name: trainer.strategy.reduce(term, reduce_op="mean") for name, term in terms.items()}
@@ -76,7 +78,7 @@ class Metrics(Callback):
 
     @staticmethod
     def _require_finite(trainer: Trainer, what: str, value: float, step: int) -> None:
-        """RunError, which names the step (a batch is a pure function of it) and the checkpoint to go back to."""
+        """Raise RunError if `value` is not finite; it names the step (which determines its batch) and a checkpoint."""
         if math.isfinite(value):
             return
         written = [path for c in trainer.callbacks if isinstance(c, Checkpoint) for path in c.written()]  # type: ignore[attr-defined]
@@ -129,19 +131,22 @@ class Metrics(Callback):
 
     @property
     def tokens_per_second(self) -> float:
-        """The median over this process's steps, so that the first one and pauses don't count; 0 without any."""
+        """Return the median over this process's steps, which the slow first step and pauses don't shift; 0 if none."""
         return statistics.median(self._rates) if self._rates else 0.0
 
 
 def peak_memory_gib() -> float:
-    """Most memory this process ever held: on the GPU if there is one, else resident."""
+    """Return the most memory this process ever held, in GiB: on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
 class ProgressBar(Callback):
-    """One line: step, loss, perplexity, tokens/s, length, time left. Without a terminal, a new one now and then."""
+    """A callback that shows step, loss, perplexity, tokens/s, row length and time left in one line.
+
+    Without a terminal, it prints a new line every REPORT_EVERY_SECONDS.
+    """
 
     def __init__(self) -> None:
         self._bar: Progress | None = None

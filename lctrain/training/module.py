@@ -1,4 +1,4 @@
-"""The LightningModule: one model, one objective, exact token-weighted means."""
+"""The LightningModule that trains one model on one objective, with exact means over tokens."""
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -26,9 +26,9 @@ NUM_POSITION_BUCKETS = 8
 
 
 class LongContextModule(LightningModule):
-    """Trains what `recipe` builds on `objective`.
+    """A module that trains the model that `recipe` builds on `objective`.
 
-    A checkpoint holds the trainable parameters only; the frozen ones come back from where the recipe loads them.
+    A checkpoint holds the trainable parameters only; the recipe loads the frozen ones again.
     """
 
     model: PreTrainedModel | PeftModel
@@ -45,8 +45,8 @@ class LongContextModule(LightningModule):
         self.recipe, self.objective = recipe, objective
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self._num_valid_tokens = 0  # of this optimizer step, over all ranks
-        self.losses: dict[str, Tensor] = {}  # terms of this optimizer step's mean; their mean over ranks is the step's
-        self.measures: dict[str, float] = {}  # what else is to be recorded of this step
+        self.losses: dict[str, Tensor] = {}  # this rank's terms of the loss; their mean over ranks is the step's loss
+        self.measures: dict[str, float] = {}  # other numbers that Metrics records with this step
         self._validation: list[Tensor] = []
         self._row_length = 0
         self.validated_step = -1
@@ -68,21 +68,21 @@ class LongContextModule(LightningModule):
         self.model.train()
 
     def cpu(self) -> Self:
-        """Nothing. Lightning calls it behind a fit, when the host may have no room beside what was pinned there."""
+        """Do nothing. Lightning calls this after a fit, when the host may lack room beside its pinned memory."""
         return self
 
     def forward(self) -> None:
-        """Refuse a model whose logits the loss does not know; a forward, so that ZeRO gathers what it shards."""
+        """Refuse a model whose logits the loss can't reproduce. This is a forward so that ZeRO gathers its shards."""
         with self._autocast():
             check_head(self.model)
 
     def on_train_start(self) -> None:
         with torch.no_grad():
-            self()  # not what the strategy wrapped: DistributedDataParallel on a card takes no forward without inputs
+            self()  # not the strategy's wrapper: on a GPU, DistributedDataParallel takes no forward without inputs
         self.model.train()
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """The micro-batch's share of the mean over the valid tokens of the whole optimizer step.
+        """Return the micro-batch's share of the mean over the valid tokens of the whole optimizer step.
 
         Lightning divides by the accumulation and data parallelism averages over ranks, so both are multiplied back.
         """
@@ -99,7 +99,7 @@ class LongContextModule(LightningModule):
         return sum(terms.values(), torch.zeros((), device=self.device)) * (accumulate * share)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """The step, behind which what an attention method learns is put back within its bounds."""
+        """Take the optimizer step, then clamp what the method learns to its bounds."""
         super().optimizer_step(*args, **kwargs)
         strategy, bounds = cast(ShardedCheckpoints, self.trainer.strategy), self.recipe.attention.learned()
         for name, parameter in strategy.trained().items():
@@ -110,7 +110,7 @@ class LongContextModule(LightningModule):
         self._validation = []
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Sums and counts of the losses per bucket of positions in the document."""
+        """Add up the losses and their number in each bucket of positions in the document."""
         with self._autocast():
             hidden = hidden_states(self.model, batch["input_ids"], batch["position_ids"])
             losses_N = token_losses(self.model, hidden, batch["labels"])[1]
@@ -122,7 +122,7 @@ class LongContextModule(LightningModule):
         self._validation.append(sums)
 
     def on_validation_epoch_end(self) -> None:
-        """Perplexity overall and by position; buckets are equal shares of the row."""
+        """Log perplexity overall and by position in the document; buckets are equal shares of the row length."""
         self.validated_step = self.trainer.global_step
         if not self._validation:
             return
@@ -137,8 +137,10 @@ class LongContextModule(LightningModule):
             logger.log_metrics(metrics, step=self.trainer.global_step)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        """Compute in bf16 where the recipe or `trainer.precision` says so, and keep no cast weights: each is used once
-        in a forward, and under stage 3 of ZeRO all of them together would be the whole model.
+        """Return a context that computes in bf16 if the recipe or `trainer.precision` says so.
+
+        Cast weights are not cached: each is used once in a forward, and under stage 3 of ZeRO a cache of all of them
+        would be the whole model.
         """
         if not self.recipe.autocasts() and self.trainer.precision != "bf16-mixed":
             return nullcontext()

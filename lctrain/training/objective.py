@@ -1,4 +1,4 @@
-"""What is minimised."""
+"""Objectives: the losses that training minimises."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -20,25 +20,29 @@ log = logging.getLogger(__name__)
 
 
 class Objective(ABC):
-    """Sums over valid tokens, so that means over a whole optimizer step are exact however the step is divided."""
+    """A loss as sums over valid tokens, so that the mean of an optimizer step is exact however the step is divided."""
 
-    is_perplexity: ClassVar[bool] = False  # whether exp(loss) is one
+    is_perplexity: ClassVar[bool] = False  # whether exp(loss) is a perplexity
 
     def check(self, device: torch.device, recipe: ModelRecipe) -> None:  # noqa: B027 - most run anywhere
-        """Raise InputError if the objective can't run there, or on such a model."""
+        """Raise InputError if the objective can't run on `device` or on the recipe's model."""
 
     def num_compared(self, num_layers: int) -> int:
-        """How many of a teacher's states a step keeps; 0 where there is no teacher."""
+        """Return how many of a teacher's states a step keeps; 0 without a teacher."""
         return 0
 
     @abstractmethod
     def __call__(self, model: PreTrainedModel | PeftModel, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """The terms of the loss by name, each the sum over a micro-batch's valid tokens, fp32; their sum trains."""
+        """Return the terms of the loss by name, each summed over the micro-batch's valid tokens in fp32. The loss is
+        their sum.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class CausalLM(Objective):
-    """Next-token cross-entropy. `loss` is tiled (any device), liger (CUDA, fused kernels) or auto."""
+    """Next-token cross-entropy. `loss` is tiled (any device), liger (fused kernels, CUDA only) or auto (liger if it
+    can run, else tiled).
+    """
 
     loss: Literal["auto", "tiled", "liger"]
 

@@ -1,4 +1,4 @@
-"""One training run: everything comes instantiated from the config, in the order in which it can be refused cheaply."""
+"""Run a training: instantiate everything from the config, with the cheapest checks first."""
 
 import logging
 from dataclasses import dataclass
@@ -30,12 +30,12 @@ from lctrain.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-# What may change between a run and its continuation without changing what step N computes: beginnings of keys.
+# Prefixes of the keys that may change between a run and its continuation without changing what step N computes.
 FREE_TO_CHANGE = (
     *("run_dir", "resume", "logger", "callbacks.", "evaluation.", "evaluation_attention.", "hydra."),
     *("memory.", "model.memory.", "module.recipe.memory."),
     *("datamodule.cache_dir", "trainer.max_steps", "trainer.val_check_interval", "trainer.enable_"),
-    # How a step is divided, as long as it is the same step: `_check_tokens_per_step`.
+    # How a step is divided; `_check_tokens_per_step` requires that it stays the same step.
     *("strategy.", "trainer.strategy.", "trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches"),
     *("sequence_parallel_size", "datamodule.sequence_parallel_size", "datamodule.micro_batch_size", "slurm."),
 )
@@ -43,20 +43,20 @@ FREE_TO_CHANGE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a run leaves behind beside its folder."""
+    """The result of a training run, besides the files in its folder."""
 
     steps: int
     tokens_per_second: float
     history: list[dict[str, float]]
     loggers: list[Logger]
     is_global_zero: bool
-    folder: RunFolder  # held as long as this is
+    folder: RunFolder  # locked for as long as this object lives
 
 
 def train(cfg: DictConfig) -> Trained:
     """Train as `cfg` says, into `cfg.run_dir`.
 
-    Raises InputError before anything is written, RunError when the run could not go on.
+    Raises InputError before anything is written, and RunError if the run can't go on.
     """
     folder = RunFolder(cfg.run_dir)
     folder.resume_from(cfg.resume)
@@ -85,19 +85,19 @@ def train(cfg: DictConfig) -> Trained:
     _check_tokens_per_step(folder.resume_from(cfg.resume), datamodule)
     datamodule.prepare_data()
     datamodule.setup("fit")
-    if cfg.evaluation:  # refused now, not after the last step
+    if cfg.evaluation:  # refuse its settings now, not after the last step
         check_evaluation(cfg, module.recipe.config(), datamodule)
     if trainer.is_global_zero:
         folder.acquire()
-    checkpoint = folder.resume_from(cfg.resume)  # again: until here another process may have written one
+    checkpoint = folder.resume_from(cfg.resume)  # again: before `acquire` another process may have written one
     if trainer.is_global_zero:
         _tell_if_over(checkpoint, cfg.trainer.max_steps)
-        write_aside(folder.config, dump(cfg))  # other ranks may be reading it
+        write_aside(folder.config, dump(cfg))  # replaced at once, as other ranks may be reading it
     trainer.loggers = _loggers(cfg)
-    lightning.seed_everything(cfg.seed, verbose=False)  # here: what was checked before may have drawn numbers
+    lightning.seed_everything(cfg.seed, verbose=False)  # only here: the checks above may have drawn random numbers
     _fit(trainer, module, datamodule, checkpoint)
     if module.validated_step != trainer.global_step:
-        trainer.validate(module, datamodule, verbose=False)  # perplexity by position of what was trained
+        trainer.validate(module, datamodule, verbose=False)  # perplexity by position of the trained model
     metrics = next(callback for callback in trainer.callbacks if isinstance(callback, Metrics))  # type: ignore[attr-defined]
     return Trained(
         steps=trainer.global_step,
@@ -115,7 +115,7 @@ def _tell_if_over(checkpoint: Path | None, max_steps: int) -> None:
 
 
 def _fit(trainer: Trainer, module: LightningModule, datamodule: LongContextData, checkpoint: Path | None) -> None:
-    """`trainer.fit`; RunError where memory ran out, or where an exchange failed because a rank is gone."""
+    """Call `trainer.fit`; raise RunError if memory ran out or if an exchange failed because a rank is gone."""
     try:
         trainer.fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
     except Exception as error:
@@ -126,7 +126,7 @@ def _fit(trainer: Trainer, module: LightningModule, datamodule: LongContextData,
 
 
 def _check_tokens_per_step(checkpoint: Path | None, datamodule: LongContextData) -> None:
-    """However a step is divided over ranks and accumulation, a continued run must take the same steps."""
+    """Raise InputError if a continued run's steps have other numbers of tokens, over all ranks and micro-batches."""
     now = datamodule.tokens_per_step
     before = read_state(checkpoint)[type(datamodule).__qualname__]["tokens_per_step"] if checkpoint else now
     if before != now:
@@ -146,7 +146,7 @@ def _check_strategy(cfg: DictConfig, trainer: Trainer) -> None:
 
 
 def _check_trained(recipe: ModelRecipe) -> None:
-    """Raise InputError where nothing trains, or where what the attention is to learn does not."""
+    """Raise InputError if nothing trains, or if a parameter that the attention learns is frozen."""
     parameters = recipe.skeleton(recipe.config()).named_parameters()
     trained = {name.rpartition(".")[2] for name, parameter in parameters if parameter.requires_grad}
     if not trained:
@@ -170,19 +170,19 @@ def _check_positions(recipe: ModelRecipe) -> None:
 
 def _trainer(cfg: DictConfig) -> Trainer:
     callbacks = list(instantiate(cfg.callbacks, _convert_="all").values())
-    # Under srun; Lightning's own requeueing would save inside a signal handler.
+    # Under srun, Lightning's own requeueing would save inside a signal handler.
     plugins = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
     settings = {"default_root_dir": cfg.run_dir, "callbacks": callbacks, "plugins": plugins, "logger": False}
     try:
         return instantiate(cfg.trainer, **settings, _convert_="all")  # type: ignore[no-any-return]
     except InstantiationException as error:
-        if isinstance(error.__cause__, MisconfigurationException | ValueError):  # a device that is not there, say
+        if isinstance(error.__cause__, MisconfigurationException | ValueError):  # such as a device that is not there
             raise InputError(f"trainer: {error.__cause__}") from error
         raise
 
 
 def _quiet() -> None:
-    """Switches off what Lightning says of itself, device counts and tips; its warnings stay."""
+    """Silence Lightning's messages about itself, such as device counts and tips, but not its warnings."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

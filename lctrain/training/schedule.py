@@ -7,12 +7,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def warmup(optimizer: Optimizer, *, num_warmup_steps: int) -> LambdaLR:
-    """Linear warm-up, then constant (LongLoRA's schedule)."""
+    """Return a linear warm-up, then a constant rate (LongLoRA's schedule)."""
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (num_warmup_steps + 1)))
 
 
 def cosine(optimizer: Optimizer, *, num_warmup_steps: int, num_steps: int, min_ratio: float) -> LambdaLR:
-    """Linear warm-up, then a half cosine from 1 to `min_ratio` of the learning rate at `num_steps`."""
+    """Return a linear warm-up, then a half cosine from 1 to `min_ratio` of the learning rate at `num_steps`."""
 
     def ratio(step: int) -> float:
         if step < num_warmup_steps:
@@ -26,7 +26,9 @@ def cosine(optimizer: Optimizer, *, num_warmup_steps: int, num_steps: int, min_r
 def trapezoid(
     optimizer: Optimizer, *, num_warmup_steps: int, num_cooldown_steps: int, num_steps: int, min_ratio: float
 ) -> LambdaLR:
-    """DuoAttention's: linear up, constant, linear down to `num_steps`; at least `min_ratio` of the learning rate."""
+    """Return DuoAttention's schedule: linear up, constant, linear down to `num_steps`, never below `min_ratio` of the
+    learning rate.
+    """
 
     def ratio(step: int) -> float:
         up, down = (step + 1) / max(1, num_warmup_steps), (num_steps - step) / max(1, num_cooldown_steps)

@@ -1,4 +1,4 @@
-"""How a run is spread over devices, and how each way writes and reads the one checkpoint format."""
+"""Strategies that spread a run over devices; all write and read the same checkpoint format."""
 
 import os
 import shutil
@@ -22,10 +22,11 @@ from lctrain.training.generators import restore_rng, rng_state
 
 
 class ShardedCheckpoints(Strategy):
-    """Every rank writes its share of the trained parameters, whole; every rank reads those that it needs.
+    """A strategy in which each rank writes a share of the trained parameters, each of them whole, and reads what it
+    needs.
 
-    Where a way of training keeps parameters and optimizer states whole, `parameter_state` and `load_parameter` are
-    these; where it shards them, they gather and scatter one at a time.
+    Where a strategy keeps parameters and optimizer states whole, `parameter_state` and `load_parameter` read and write
+    them directly; a strategy that shards them overrides both, to gather and scatter one parameter at a time.
     """
 
     global_rank: int
@@ -33,23 +34,23 @@ class ShardedCheckpoints(Strategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        return True  # optimizers and shards must exist
+        return True  # states are loaded into optimizers and shards, which must exist first
 
     def trained(self) -> dict[str, Parameter]:
-        """What a checkpoint holds, by its name in the model."""
+        """Return the trained parameters, which a checkpoint holds, by name."""
         assert self.lightning_module is not None
         return {name: p for name, p in self.lightning_module.named_parameters() if p.requires_grad}
 
     def whole(self, parameter: Parameter) -> Tensor:
-        """What is trained of it, in fp32. Collective: every rank asks for the same one."""
+        """Return the whole trained parameter in fp32. A collective call: all ranks ask for the same parameter."""
         return parameter.detach()
 
     def parameter_state(self, parameter: Parameter) -> ParameterState:
-        """The whole parameter and its optimizer states. Collective, too."""
+        """Return the whole parameter and its optimizer states. A collective call, too."""
         return {VALUE: self.whole(parameter), **self.torch_optimizer.state.get(parameter, {})}
 
     def load_parameter(self, parameter: Parameter, state: ParameterState) -> None:
-        """The inverse of `parameter_state`."""
+        """Set the parameter and its optimizer states to what `parameter_state` returned."""
         parameter.data.copy_(state[VALUE])
         if len(state) > 1:
             self.torch_optimizer.state[parameter] = {
@@ -59,39 +60,39 @@ class ShardedCheckpoints(Strategy):
             }
 
     def teardown(self) -> None:
-        """Behind a fit. The optimizers go where they are, instead of to the host, for the module's reason."""
+        """Drop the optimizers after a fit, without Lightning's move to the host, which may lack room for them."""
         self.optimizers, self.lr_scheduler_configs = [], []
         super().teardown()
 
     @property
     def torch_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer behind what wraps it."""
+        """Return torch's own optimizer, without wrappers."""
         return self.optimizers[0]
 
     @property
     def zero3(self) -> dict[str, Any] | None:
-        """What to shard parameters by while they are loaded."""
+        """Return DeepSpeed's config if parameters are sharded while they are loaded (stage 3), else None."""
         return None
 
     def gradient_norm(self) -> float | None:
-        """Of the whole gradient, before it is clipped; None where it is known only after the step."""
+        """Return the norm of the whole gradient before clipping; None if it is known only after the step."""
         gradients = [p.grad for p in self.trained().values() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
     def applied_gradient_norm(self) -> float:
-        """Where `gradient_norm` is None: of the step just taken, or not finite if the step was not taken."""
+        """Return the last step's gradient norm where `gradient_norm` is None; not finite if that step was skipped."""
         raise NotImplementedError
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return {}  # written by `save_checkpoint`, a parameter at a time
+        return {}  # `save_checkpoint` writes the parameters, one at a time
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         return {}
 
     def save_checkpoint(self, checkpoint_: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write this rank's file into the new folder `filepath`, and on the first rank what all share.
+        """Write this rank's file into the new folder `filepath`; the first rank also writes the state that all share.
 
-        OSError on every rank if a disk refuses any of them.
+        Raises OSError on every rank if any rank's write fails.
         """
         folder, mine = Path(filepath), {}
         for i, (name, parameter) in enumerate(self.trained().items()):
@@ -100,7 +101,7 @@ class ShardedCheckpoints(Strategy):
                 mine[name] = {key: entry.cpu() for key, entry in state.items() if isinstance(entry, Tensor)}
         with self._together():
             if self.is_global_zero:
-                shutil.rmtree(folder, ignore_errors=True)  # what a crash left
+                shutil.rmtree(folder, ignore_errors=True)  # the remains of a crash
                 folder.mkdir(parents=True)
                 groups = [{k: v for k, v in g.items() if k != "params"} for g in self.torch_optimizer.param_groups]
                 checkpoint.write(folder / STATE_FILE, {**checkpoint_, "param_groups": groups})
@@ -110,7 +111,7 @@ class ShardedCheckpoints(Strategy):
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """What one rank's disk refuses is refused on all of them: nobody waits for those who gave up."""
+        """Raise an OSError of any rank on all ranks, so that none waits for a rank that failed."""
         refused: OSError | None = None
         try:
             yield
@@ -120,7 +121,7 @@ class ShardedCheckpoints(Strategy):
             raise refused or OSError("another rank's disk refused")
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        self._checkpoint = Path(self.broadcast(str(checkpoint_path)))  # the first rank read it against its checksums
+        self._checkpoint = Path(self.broadcast(str(checkpoint_path)))  # of which the first rank verified the checksums
         return checkpoint.read_state(self._checkpoint)
 
     def load_model_state_dict(self, checkpoint_: Mapping[str, Any], strict: bool = True) -> None:
@@ -133,7 +134,7 @@ class ShardedCheckpoints(Strategy):
         for group, saved in zip(self.torch_optimizer.param_groups, checkpoint_["param_groups"], strict=True):
             group.update(saved)
         mine = checkpoint.read_rank(self._checkpoint, self.global_rank)
-        if mine is not None:  # else a rank that was not there: it keeps the generators that the seed gave it
+        if mine is not None:  # otherwise the run had fewer ranks, and this rank's generators stay as seeded
             restore_rng(mine["rng"])
 
     @property
@@ -142,7 +143,7 @@ class ShardedCheckpoints(Strategy):
 
 
 class SingleDevice(ShardedCheckpoints, SingleDeviceStrategy):
-    """One process on one device."""
+    """A strategy for one process on one device."""
 
     @property
     def root_device(self) -> torch.device:
@@ -150,7 +151,7 @@ class SingleDevice(ShardedCheckpoints, SingleDeviceStrategy):
 
     @property
     def parallel_devices(self) -> list[torch.device]:
-        """Set by the trainer, which knows what `trainer.devices` means."""
+        """Return nothing; the trainer calls the setter with the device that `trainer.devices` means."""
         return []
 
     @parallel_devices.setter
@@ -163,21 +164,24 @@ class SingleDevice(ShardedCheckpoints, SingleDeviceStrategy):
 
 
 class DDP(ShardedCheckpoints, DDPStrategy):
-    """Every device holds the whole model and reads other rows; gradients are averaged (DistributedDataParallel)."""
+    """A strategy in which each device holds the whole model and reads rows of its own; gradients are averaged
+    (DistributedDataParallel).
+    """
 
     def __init__(self, *, timeout_minutes: float) -> None:
         super().__init__(timeout=timedelta(minutes=timeout_minutes), gradient_as_bucket_view=True)
 
 
 class ZeRO(ShardedCheckpoints, DeepSpeedStrategy):
-    """ZeRO (Rajbhandari et al., arXiv:1910.02054) by DeepSpeed: what training keeps is sharded over all devices.
+    """ZeRO (Rajbhandari et al., arXiv:1910.02054) by DeepSpeed: training states are sharded over all devices.
 
-    Stage 1 shards optimizer states, 2 gradients too, 3 also parameters, which then are never whole on a device but for
-    the layer that runs. Offloading keeps optimizer states (and under stage 3 parameters) in the host's memory.
-    What trains is kept in fp32 and the forward autocasts, as without ZeRO, so that all strategies compute the same.
+    Stage 1 shards optimizer states, stage 2 also gradients, stage 3 also parameters, of which a device then holds only
+    the running layer's whole. Offloading keeps optimizer states (and under stage 3 parameters) in the host's memory.
+    Trained parameters are kept in fp32 and the forward autocasts, as without ZeRO, so that all strategies compute the
+    same.
 
-    Deviations from Lightning's DeepSpeedStrategy: it runs on CPU devices (gloo) too, gradients are divided by the
-    accumulation once instead of twice, and checkpoints are those of all other strategies.
+    Deviations from Lightning's DeepSpeedStrategy: this one also runs on CPU devices (gloo), divides gradients by the
+    accumulation once instead of twice, and writes the same checkpoints as all other strategies.
     """
 
     def __init__(
@@ -217,18 +221,18 @@ class ZeRO(ShardedCheckpoints, DeepSpeedStrategy):
     def setup_distributed(self) -> None:
         import deepspeed
 
-        if self.root_device.type == "cpu":  # else a C++ extension is compiled first, for a minute
+        if self.root_device.type == "cpu":  # otherwise DeepSpeed first compiles a C++ extension, for a minute
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         super().setup_distributed()
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Nothing: the recipe shards what it loads by `zero3`."""
+        """Do nothing: the recipe already shards what it loads, by `zero3`."""
         yield
 
     @property
     def zero3(self) -> dict[str, Any] | None:
-        """DeepSpeed's config where parameters are sharded."""
+        """Return DeepSpeed's config under stage 3, which shards parameters; else None."""
         self._init_config_if_needed()
         assert isinstance(self.config, dict)
         return {"train_micro_batch_size_per_gpu": 1, **self.config} if self.zero_stage_3 else None
@@ -269,7 +273,7 @@ class ZeRO(ShardedCheckpoints, DeepSpeedStrategy):
         super().load_model_state_dict(checkpoint_, strict)
 
     def _make_states(self, entries: ParameterState) -> None:
-        """The optimizer's states over this rank's flat shards, as its first step would make them."""
+        """Create the optimizer's states for this rank's flat shards, as the optimizer's first step would."""
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
         zero = self.deepspeed_engine.optimizer
@@ -289,14 +293,14 @@ class ZeRO(ShardedCheckpoints, DeepSpeedStrategy):
         for name, entry in state.items():
             if name != VALUE and entry.dim():
                 safe_set_full_optimizer_state(parameter, entry, name)
-        if hasattr(parameter, "ds_tensor"):  # stage 3: the shard that is computed with
+        if hasattr(parameter, "ds_tensor"):  # stage 3: the shard that the forward computes with
             parameter.ds_tensor.data.copy_(safe_get_local_fp32_param(parameter))
-        if parameter.numel():  # whole here: stages 1 and 2, and what is too small to be sharded
+        if parameter.numel():  # the parameter is whole here: under stages 1 and 2, or too small to be sharded
             parameter.data.copy_(state[VALUE])
 
 
 def automatic(*, devices: int | str | list[int], num_nodes: int, timeout_minutes: float) -> Strategy:
-    """One process: `SingleDevice`; several: `DDP`."""
+    """Return `SingleDevice` for one process and `DDP` for several."""
     several = num_nodes > 1 or (len(devices) if isinstance(devices, list) else _count(devices)) > 1
     return DDP(timeout_minutes=timeout_minutes) if several else SingleDevice()
 

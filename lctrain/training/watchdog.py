@@ -1,4 +1,4 @@
-"""A rank that dies, fails, hangs or falls behind ends the run in bounded time, by name."""
+"""End a run in bounded time, and name the rank, when a rank dies, fails, hangs or falls behind."""
 
 import faulthandler
 import json
@@ -21,9 +21,9 @@ from lightning import Callback, LightningModule, Trainer
 from lctrain.errors import InputError, RunError
 
 CHECKS_PER_TIMEOUT = 20
-LONGEST_PAUSE = 10.0  # seconds between two looks
-GRACE = 3  # looks that a living rank's file may be late
-FAREWELL = 10  # looks that a rank which failed may take to end by itself
+LONGEST_PAUSE = 10.0  # seconds between two checks
+GRACE = 3  # a living rank's file may be this many checks late
+FAREWELL = 10  # a rank that failed may take this many checks to end by itself
 STDERR = 2
 TORCH = str(Path(torch.__file__).parent)
 EXCHANGES = tuple(str(Path(TORCH, part)) for part in ("distributed", "nn/parallel"))
@@ -31,25 +31,25 @@ EXCHANGES = tuple(str(Path(TORCH, part)) for part in ("distributed", "nn/paralle
 
 @dataclass(frozen=True, kw_only=True)
 class Beat:
-    """What a rank last said of itself."""
+    """A rank's last report about itself, as written to its file."""
 
     rank: int
     host: str
     pid: int
     num_writes: int  # grows for as long as the process lives
-    num_beats: int  # grows with every part of a step: who waits is ahead of whom it waits for
+    num_beats: int  # grows with every part of a step: a waiting rank has more than the rank that it waits for
     step: int
     doing: str
-    at: str  # the line of Python that runs
-    exchanges: bool  # it waits there for other ranks, or for its card, which may wait for them
-    failed: str | None  # the exception that it alone ends with
+    at: str  # the file and line that its main thread runs
+    exchanges: bool  # whether it waits there for other ranks, or for its GPU, which may wait for them
+    failed: str | None  # the exception that only this rank raised
 
     def __str__(self) -> str:
         who = f"rank {self.rank} ({self.host}, process {self.pid})"
         return f"{who}, last seen in {self.doing} after step {self.step} at {self.at}"
 
     def has_ended(self) -> bool:
-        """Return whether its process is known to be over, or a zombie. Only this host's are known."""
+        """Return whether the rank's process has ended or is a zombie; False for processes on other hosts."""
         if self.host != socket.gethostname():
             return False
         try:
@@ -59,10 +59,10 @@ class Beat:
 
 
 class Watchdog(Callback):
-    """Every rank writes how far it came into `folder`/rank-N.json; who waits for too long looks who is missing.
+    """A callback by which each rank writes its progress to `folder`/rank-N.json, and reads the others' while it waits.
 
-    A run in which nothing moved for `timeout_minutes` ends with exit code 1 and a line that names the rank that is
-    gone, or furthest behind; a run one of whose ranks failed, or died on the same host, as soon as that is seen. The
+    If nothing moved for `timeout_minutes`, the run ends with exit code 1 and a line that names the rank that is gone or
+    has made the least progress. If a rank failed, or died on the same host, the run ends as soon as that is seen. The
     slowest part of a step, saving included, must be shorter than the timeout.
     """
 
@@ -75,7 +75,7 @@ class Watchdog(Callback):
         self._watching: threading.Thread | None = None
         self._rank, self._num_writes, self._num_beats, self._step, self._doing = 0, 0, 0, 0, "the start"
         self._beat_at = time.monotonic()
-        self._seen: dict[int, tuple[Beat, float]] = {}  # the last change of every rank's file, and when it was seen
+        self._seen: dict[int, tuple[Beat, float]] = {}  # each rank's latest report, and when it was first seen
         self._device = torch.device("cpu")
         self._children: list[subprocess.Popen[bytes]] = []
         self._failed: str | None = None
@@ -89,7 +89,7 @@ class Watchdog(Callback):
             return
         self._adopt(getattr(trainer.strategy.launcher, "procs", []))
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._file(self._rank).unlink(missing_ok=True)  # an earlier run's, which must not be taken for this one's
+        self._file(self._rank).unlink(missing_ok=True)  # an earlier run's file must not be taken for this run's
         trainer.strategy.barrier("watchdog")
         self._seen = {}
         self._stopped.clear()
@@ -97,7 +97,7 @@ class Watchdog(Callback):
         self._watching.start()
 
     def _adopt(self, children: list[subprocess.Popen[bytes]]) -> None:
-        """Take the ranks that Lightning started from its observer, which kills this process when one of them ends."""
+        """Take over the child processes from Lightning's observer, which kills this process when one of them ends."""
         self._children.extend(children)
         children.clear()
 
@@ -105,10 +105,10 @@ class Watchdog(Callback):
         self._leave()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Tell the others of what only this rank raised, and end it even if it then waits for them."""
+        """Report an exception that only this rank raised to the others, and end this rank even if it waits for them."""
         if self._watching is None:
             return
-        if isinstance(exception, RunError | InputError):  # raised on all ranks
+        if isinstance(exception, RunError | InputError):  # all ranks raise these together
             self._leave()
             faulthandler.dump_traceback_later(self.timeout, exit=True, file=STDERR)
         else:
@@ -120,7 +120,7 @@ class Watchdog(Callback):
                 self._write()
 
     def _leave(self) -> None:
-        """Watch no longer, and be watched by nobody."""
+        """Stop watching, and delete this rank's file so that no rank watches this one."""
         self._stopped.set()
         if self._watching is not None:
             self._watching.join()
@@ -149,9 +149,9 @@ class Watchdog(Callback):
 
     def _watch(self) -> None:
         while not self._stopped.wait(self.pause):
-            # For a main thread that hangs without giving Python's lock back: this loop would stand still, too.
+            # If the main thread hangs while it holds Python's lock, this loop hangs, too: faulthandler then exits.
             faulthandler.dump_traceback_later(self.timeout + FAREWELL * self.pause, exit=True, file=STDERR)
-            with suppress(OSError):  # a full disk is the checkpoint's to report
+            with suppress(OSError):  # a full disk is reported by the checkpoint callback
                 self._write()
                 self._look()
             waited = time.monotonic() - self._beat_at
@@ -185,19 +185,19 @@ class Watchdog(Callback):
         )
 
     def _waits_for_the_card(self) -> bool:
-        """Return whether the card has work left: exchanges of NCCL wait there, and Python wherever it needs a value."""
+        """Return whether the GPU has work left, such as NCCL's exchanges; Python waits only where it needs a value."""
         if self._device.type != "cuda":
             return False
         try:
             return not torch.cuda.default_stream(self._device).query()
-        except RuntimeError:  # the card failed; whoever uses it next is told
+        except RuntimeError:  # the GPU failed; the next call that uses it raises
             return False
 
     def _look(self) -> None:
         for rank in range(self._world_size):
             try:
                 beat = Beat(**json.loads(self._file(rank).read_text()))
-            except (FileNotFoundError, TypeError):  # it left; an older version wrote it
+            except (FileNotFoundError, TypeError):  # the rank stopped watching, or an older version wrote the file
                 self._seen.pop(rank, None)
                 continue
             if rank not in self._seen or self._seen[rank][0] != beat:
@@ -207,7 +207,7 @@ class Watchdog(Callback):
         return self.folder / f"rank-{rank:05d}.json"
 
     def _lost(self, for_good: bool = False) -> str | None:
-        """Say which rank failed or no longer writes; `for_good`: only if it is certain that it never will."""
+        """Return which rank failed or no longer writes. With `for_good`, a silent rank counts only if it has ended."""
         others = [beat for rank, (beat, _) in self._seen.items() if rank != self._rank]
         for beat in others:
             if beat.failed:
@@ -221,7 +221,7 @@ class Watchdog(Callback):
         return time.monotonic() - self._seen[rank][1] > GRACE * self.pause
 
     def _behind(self) -> str:
-        """Say which rank keeps the others waiting, or where they wait for each other."""
+        """Return which rank keeps the others waiting, or where they wait for each other."""
         beats = [beat for beat, _ in self._seen.values()] or [self._mine()]
         last = [beat for beat in beats if beat.num_beats == min(beat.num_beats for beat in beats)]
         idle = [beat for beat in last if not beat.exchanges]
@@ -231,19 +231,19 @@ class Watchdog(Callback):
         return f"{'; '.join(reversed(places.values()))}: all wait for each other"
 
     def _end(self, told: str) -> NoReturn:
-        """Print `told` on one rank, and end this process and those that it started, whatever they wait for."""
+        """Print `told` on one rank, then kill the processes that this one started, and exit with code 1."""
         alive = [rank for rank, (beat, _) in self._seen.items() if not beat.failed and not self._is_late(rank)]
         if told and (self._leaving or self._rank == min(alive, default=self._rank)):
             print(told, file=sys.stderr, flush=True)
-        time.sleep(self.pause)  # until the others have come to the same end
+        time.sleep(self.pause)  # gives the other ranks time to come to the same end
         for child in self._children:
             child.kill()
         os._exit(1)
 
     def explain(self, error: Exception) -> str | None:
-        """Return the line that tells what `error` means to the user: memory that ran out, a rank that was lost.
+        """Return a line that explains `error` to the user if memory ran out or a rank was lost; otherwise None.
 
-        After a failed exchange, wait until the others could have shown that they live.
+        After a failed exchange, this first waits until living ranks must have written again.
         """
         self._told = True
         if isinstance(error, torch.OutOfMemoryError):
@@ -263,11 +263,11 @@ def _is_exchange(error: BaseException) -> bool:
 
 
 def _said(error: BaseException) -> str:
-    """Return the first two sentences: of memory that ran out, what was asked for."""
+    """Return the error's first two sentences: if memory ran out, they say how much was requested."""
     return ". ".join(next(iter(str(error).splitlines()), "").split(". ")[:2]).rstrip(".")
 
 
 def _line(frames: Sequence[traceback.FrameSummary]) -> str:
-    """Return the innermost line that is not torch's own."""
+    """Return file and line of the innermost frame that is not torch's."""
     own = [frame for frame in frames if not frame.filename.startswith(TORCH)] or list(frames)
     return f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "an unknown line"
