@@ -1,4 +1,4 @@
-"""`python -m launch VERB …`: the command line where the entry point is not on the path."""
+"""Run `python -m launch VERB …`: the command line for when `lctrain` is not on the path."""
 
 from launch.main import main
 

@@ -1,16 +1,16 @@
-"""Time lctrain against something plain, on this machine.
+"""Time lctrain against plain alternatives, on this machine.
 
   overhead   tokens/s of `lctrain train` against a plain PyTorch loop on the same model, batch and attention
   kernels    every attention pattern against full causal attention, by the pairs of tokens it needs (CUDA)
-  step       whole training steps by length, attention and tuning, on random weights, beside peers=[trl,assembly]
+  step       whole training steps by length, attention and tuning, on random weights, compared with peers=[trl,assembly]
   length     peak memory by length with each saving alone, up to the first that does not fit
   devices    whole steps on several devices, sharded and sharing rows, against one, up to the longest that fits
   gates      training DuoAttention's gates against two passes with dense masks and against one of both rows together
   serve      a full cache against DuoAttention's: memory, prefill, decoding, the longest row that fits
-  retrieval  recall and perplexity with a learned head pattern, by the share of heads that stream, beside random heads
+  retrieval  recall and perplexity by the share of streaming heads, chosen by a learned head pattern or at random
   trace      a profile of one step: the device's busy share, the longest kernels, waits and compilations
 
-Prints a table and writes overhead.json, step.jsonl … into run_dir. Takes every group and option of `lctrain train`.
+Prints a table and writes overhead.json, step.jsonl … into run_dir. Accepts every group and option of `lctrain train`.
 
 examples:
   lctrain benchmark overhead

@@ -1,4 +1,4 @@
-"""Cancel the job of a run. It writes a checkpoint if Slurm leaves it the time, and does not come back.
+"""Cancel the job of a run. The job writes a checkpoint if Slurm leaves it the time, and is not queued again.
 
 examples:
   lctrain cancel runs/demo

@@ -1,10 +1,11 @@
 """Measure a model: perplexity at several lengths and by position, recall of needles by length and depth.
 
-Takes a folder that `lctrain train` exported, or any Hugging Face model. With attention=full, the default, the model
+Accepts a folder that `lctrain train` exported, or any Hugging Face model. With attention=full, the default, the model
 runs as plain transformers runs it; another choice evaluates it under that pattern.
 
-run_dir receives report.json, pictures, and each cell as it is done: SIGTERM ends the run with exit code 75, and the
-same command with resume=auto goes on. cache=… and prefill_chunk_size=… say how a prompt is read and what is kept of it.
+run_dir receives report.json, pictures, and each cell as soon as it is measured: SIGTERM ends the run with exit code 75,
+and the same command with resume=auto continues. prefill_chunk_size=… sets how many tokens of a prompt are read at once,
+cache=… which keys and values are kept.
 
 examples:
   lctrain evaluate model.path=runs/demo/exported run_dir=runs/demo-evaluated

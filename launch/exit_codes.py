@@ -1,4 +1,4 @@
-"""What the shell learns: 0 done, 2 the input was wrong, 75 stopped on request with a checkpoint, 1 anything else."""
+"""Exit codes: 0 done, 2 the input was wrong, 75 stopped on request with a checkpoint, 1 anything else."""
 
 import os
 import signal
@@ -12,11 +12,11 @@ from lctrain.errors import RunError, Stopped
 
 @contextmanager
 def exit_codes(verb: str, overrides: Sequence[str]) -> Iterator[None]:
-    """Turns what the user did wrong, or the world did to the run, into one line; bugs keep their traceback."""
+    """Turn wrong input and failed runs into one line and an exit code; bugs keep their traceback."""
     try:
         yield
     except Stopped as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun ends the ranks when the first has left
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun sends SIGTERM to the other ranks when the first has exited
         print(error, file=sys.stderr)
         raise SystemExit(os.EX_TEMPFAIL) from None
     except (RunError, KeyboardInterrupt) as error:

@@ -1,7 +1,7 @@
 """Turn a checkpoint into a plain Hugging Face folder that transformers loads without lctrain.
 
-Merges LoRA, writes the config with its rope and window, the tokenizer and a README with the recipe. Gates of a run
-with attention=duo become full_attention_heads.tsv and head_pattern.json beside the weights.
+Merges LoRA and writes the weights, the config with its rope and window, the tokenizer, and a README with the recipe.
+The gates of a run with attention=duo become full_attention_heads.tsv and head_pattern.json beside the weights.
 
 examples:
   lctrain export run_dir=runs/demo

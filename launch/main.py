@@ -1,4 +1,4 @@
-"""`lctrain VERB [override …]`: finds the verb, lets Hydra compose its config, turns errors into exit codes."""
+"""Run `lctrain VERB [override …]`: find the verb, compose its config with Hydra, turn errors into exit codes."""
 
 import importlib
 import os
@@ -14,7 +14,7 @@ from lctrain.errors import InputError
 
 
 def main() -> None:
-    """Exits with 0 (done), 2 (the input was wrong: one line, nothing written), 75 (stopped on request) or 1 (else)."""
+    """Run a verb; exit with 0 (done), 2 (wrong input: one line, nothing written), 75 (stopped on request), 1 (else)."""
     verb, *overrides = sys.argv[1:] or ["--help"]
     with exit_codes(verb, overrides):
         if verb in ("-h", "--help", "help"):
@@ -40,7 +40,7 @@ def _compose_and_run(verb: str, overrides: list[str]) -> None:
         overrides[0] = f"{module.FIRST}={overrides[0]}"
 
     def task(cfg: Any) -> None:
-        sys.argv = command  # whole again for those who start this program anew, one process per device
+        sys.argv = command  # restored for Lightning, which starts this program again for each device
         with exit_codes(verb, overrides):
             config.anchor_paths(cfg)
             config.check(cfg)
@@ -49,8 +49,8 @@ def _compose_and_run(verb: str, overrides: list[str]) -> None:
             module.run(cfg)
 
     config.register_resolvers()
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us instead of being printed
-    # Hydra's parser wants the overrides in one piece; here flags may stand anywhere.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises errors instead of printing them
+    # Hydra's parser expects all overrides before the flags; here flags may stand anywhere.
     flags_last = sorted(overrides, key=lambda word: word.startswith("-") or not ("=" in word or word.startswith("~")))
     sys.argv = [command[0], *map(config.expand_home, flags_last)]
     hydra.main(version_base="1.3", config_path=str(config.conf_dir()), config_name=verb)(task)()

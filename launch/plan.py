@@ -1,8 +1,8 @@
-"""Say what a training run will cost, before it costs anything.
+"""Say what a training run will cost, before it starts.
 
-Prints parameters, trainable ones, tokens, FLOPs by row length, the memory of a device by part (weights, gradients,
-optimizer, activations, attention, loss, backward), and whether it fits. Touches no GPU, loads no weights and needs no
-network where model.architecture tells the shape. Takes every group and option of `lctrain train`.
+Prints all and trainable parameters, tokens, FLOPs by row length, the memory of a device by part (weights, gradients,
+optimizer, activations, attention, loss, backward), and whether it fits. Uses no GPU, loads no weights, and needs no
+network if model.architecture describes the shape. Accepts every group and option of `lctrain train`.
 
 examples:
   lctrain plan experiment=demo

@@ -1,17 +1,17 @@
-"""What other libraries print about themselves, switched off where they offer a switch."""
+"""Switch off messages that other libraries print about themselves."""
 
 import os
 import warnings
 
 
 def quiet() -> None:
-    """No bars for reading and writing shards, no deprecations between libraries. Downloads keep their bars."""
+    """Hide progress bars of reading and writing shards, and deprecations between libraries; keep bars of downloads."""
     import torch
     from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
     from transformers.utils.logging import disable_progress_bar
 
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed finds too, and warns of
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would choose too, with a warning
     disable_progress_bar()
     enable_progress_bars()
     between_libraries = r"(lightning|peft|torch\.distributed|transformers)\b"

@@ -1,4 +1,4 @@
-"""Show one run, or all of a folder: state, step, loss, tokens/s, time left, restarts.
+"""Show one run, or all runs of a folder: state, step, loss, tokens/s, time left, restarts.
 
 Reads each run's own metrics and, where Slurm is installed, squeue and sacct.
 

@@ -1,11 +1,11 @@
-"""Queue a training run on a Slurm cluster: checked first, from a snapshot, and back again until it is done.
+"""Queue a run on a Slurm cluster: check it, snapshot its code, and requeue it until it finishes.
 
-Before anything is queued: the model's and the data's files are looked at, the data is tokenized, the memory of a GPU,
-the free disk and the partition's limits are compared with what the run needs. run_dir then receives code/ (what the job
-runs, whatever you edit later), job.yaml and config.yaml, job.sbatch and, when it runs, the job's log.
+Before anything is queued, the model's and the data's files are checked, the data is tokenized, and the memory of a GPU,
+the free disk and the partition's limits are compared with what the run needs. run_dir then receives code/ (a copy that
+the job runs, so that later edits do not change it), job.yaml, config.yaml, job.sbatch and, once it runs, the job's log.
 
-Asked to stop (time limit, preemption) the job writes a checkpoint and is queued again; after a failure it is tried
-again from its newest checkpoint. Takes every group and option of `lctrain train`; slurm.* are the job's own.
+A job that is asked to stop (time limit, preemption) writes a checkpoint and is queued again; a job that fails is tried
+again from its newest checkpoint. Accepts every group and option of `lctrain train`; slurm.* are the job's own.
 
 examples:
   lctrain submit experiment=demo run_dir=runs/demo slurm.partition=gpu slurm.time=1:00:00
@@ -17,7 +17,7 @@ examples:
 
 from omegaconf import DictConfig
 
-WORDS = {"--dry-run": "dry_run=true", "evaluate": "--config-name=submit_evaluate"}  # and what they stand for
+WORDS = {"--dry-run": "dry_run=true", "evaluate": "--config-name=submit_evaluate"}  # words that stand for an option
 
 
 def run(cfg: DictConfig) -> None:

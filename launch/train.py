@@ -1,12 +1,12 @@
 """Adapt a model to a longer context, then measure it before and after.
 
-Loads the model, stretches its position encoding (rope), swaps its attention while training, tunes the chosen
+Loads the model, stretches its position encoding (rope), replaces its attention while training, tunes the chosen
 parameters on sequences of growing length (curriculum), saves checkpoints, exports a plain Hugging Face folder, and
 evaluates the untouched base and the adapted model with the same code.
 
-run_dir receives config.yaml, metrics, checkpoints/, exported/, report.json and pictures; with evaluation=none (the
-default) not the last three: lctrain export and lctrain evaluate do that later. Continue a stopped run with the same
-command and resume=auto.
+run_dir receives config.yaml, metrics, checkpoints/, exported/, report.json and pictures. With evaluation=none (the
+default) the last three are left out: lctrain export and lctrain evaluate make them later. Continue a stopped run with
+the same command and resume=auto.
 
 examples:
   lctrain train experiment=demo run_dir=runs/demo

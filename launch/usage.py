@@ -1,4 +1,4 @@
-"""Help texts, read from the verbs' docstrings and from conf/, so that they can't go stale."""
+"""Help texts, built from the verbs' docstrings and from conf/, so that they stay up to date."""
 
 import importlib
 import re
@@ -6,7 +6,7 @@ import textwrap
 
 from lctrain import config
 
-HYDRAS_FLAGS = re.compile(  # what else begins with - would meet Hydra's own long usage
+HYDRAS_FLAGS = re.compile(  # any other flag would make Hydra print its own long usage
     r"-(-(cfg|package|resolve|multirun|run|info|config-(path|name|dir)|hydra-help|shell-completion|experimental-rerun"
     r"|version)|[cpmri]|c[pnd]|sc)(=.*)?"
 )

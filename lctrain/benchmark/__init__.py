@@ -1,1 +1,1 @@
-"""Timed comparisons of lctrain with something plain."""
+"""Timed comparisons of lctrain with plain alternatives."""

@@ -1,4 +1,4 @@
-"""Whole training steps on several devices against one: sharded models, shared rows, by length up to the longest."""
+"""Timing of whole training steps on several devices against one: sharded models and shared rows, by length."""
 
 import json
 import os
@@ -31,10 +31,10 @@ CASES = {
 
 
 def devices(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Measure each of `devices.cases`, and its tuning on one device, at `lengths`, ascending, up to the first that does
-    not fit: what trains, how it is spread, and whether all devices share each row or each has its own.
+    """Measure each of `devices.cases` at ascending `lengths`, up to the first that does not fit.
 
-    Ranks are processes of this machine, started anew for every case. Rows go into run_dir/devices.jsonl.
+    A case is a tuning on one device, or a tuning, a strategy, and whether the devices share each row or each has its
+    own. Ranks are processes on this machine, started anew for every case. Results go into run_dir/devices.jsonl.
     """
     for name in cfg.devices.cases:
         if name not in CASES and name not in TUNINGS:
@@ -53,7 +53,7 @@ def devices(cfg: DictConfig) -> list[dict[str, Any]]:
 
 
 def _case(cfg: DictConfig, attention: str | None, name: str) -> tuple[DictConfig, str]:
-    """The config of a case, and how it is called in the table."""
+    """Return the config of a case and its name in the table."""
     if name in TUNINGS:
         return choose(cfg, attention=attention, tuning=name, strategy="single"), "alone"
     tuning, strategy, rows = CASES[name]
@@ -64,7 +64,7 @@ def _case(cfg: DictConfig, attention: str | None, name: str) -> tuple[DictConfig
 
 
 class Ranks:
-    """The processes of one case, started when they are first asked for a length."""
+    """The processes of one case, started at the first call of `measure`."""
 
     def __init__(self, cfg: DictConfig, folder: Path) -> None:
         self._cfg, self._folder = cfg, folder
@@ -79,7 +79,7 @@ class Ranks:
             process.wait()
 
     def measure(self, length: int) -> dict[str, Any]:
-        """What the first rank answers, or the last line of one that failed."""
+        """Return the answer of the first rank, or the last line of a rank that failed."""
         if not self._processes:
             self._start()
         for process in self._processes:
@@ -120,7 +120,7 @@ class Ranks:
 
 
 def _environment(rank: int, size: int, port: int) -> Mapping[str, str]:
-    """Set what torchrun sets."""
+    """Return the environment variables that torchrun would set."""
     return os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -134,7 +134,7 @@ def _environment(rank: int, size: int, port: int) -> Mapping[str, str]:
 
 
 def _show(points: Points) -> None:
-    """Print tokens/s, how many times those of one device, and the share of a step that is spent in exchanges alone."""
+    """Print tokens/s, their ratio to one device, and the share of a step in which only exchanges run."""
     alone = {_kind(row): _rate(row) for row in points.rows if row["layout"] == "alone"}
     table = Table(
         "layout", "devices", "attention", "tuning", "tokens", "tokens/s", "against one", "waiting", "GiB", "memory"

@@ -1,4 +1,4 @@
-"""How fast gates train: tokens/s of `attention=duo` against the straightforward ways, on the same rows."""
+"""Timing of gate training: tokens/s of `attention=duo` against the straightforward ways, on the same rows."""
 
 from dataclasses import dataclass, fields, replace
 from itertools import product
@@ -35,13 +35,13 @@ EVERY_LAYER = replace(NOTHING, checkpoint_layers="all")
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How one of them differs; the others recompute every layer, as the authors' code does."""
+    """One way to train gates; all but lctrain's recompute every layer, as the authors' code does."""
 
     title: str
     attention: type[DuoAttention] = DuoAttention
     objective: type[Distillation] = Distillation
     dense: bool = False
-    installed: bool = False  # transformers' layers and torch's kernels
+    installed: bool = False  # True: transformers' layers and torch's kernels
 
 
 OURS = "lctrain"
@@ -61,9 +61,9 @@ WAYS = {
 
 
 def gates(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Medians over `num_steps` steps behind a first one, of each of `ways`.
+    """Time `num_steps` steps, after an untimed first one, of each of `ways`.
 
-    Writes gates.json into run_dir after every row.
+    Write gates.json into run_dir after every measurement.
     """
     module: LongContextModule = instantiate(cfg.module, _convert_="all")
     _check(cfg, module)
@@ -115,7 +115,7 @@ def _recipe(cfg: DictConfig, recipe: ModelRecipe, way: Way, device: torch.device
 
 
 def _rows(cfg: DictConfig, recipe: ModelRecipe, device: torch.device, length: int) -> list[Batch]:
-    """One row of random tokens a step, of which the last have labels."""
+    """Return one row of random tokens per step; only its last tokens have labels."""
     generator = torch.Generator().manual_seed(cfg.seed)
     vocab_size = recipe.config().get_text_config().vocab_size
     ids = torch.randint(0, vocab_size, (1 + cfg.num_steps, 1, length), generator=generator).to(device)
@@ -127,7 +127,10 @@ def _rows(cfg: DictConfig, recipe: ModelRecipe, device: torch.device, length: in
 def _train(
     cfg: DictConfig, module: LongContextModule, recipe: RandomModel, way: Way, batches: list[Batch]
 ) -> dict[str, Any]:
-    """A plain loop of whole steps, the same for all ways. The first is not timed; its loss and gradients are kept."""
+    """Run a plain loop of whole steps, the same for all ways; return their times, and loss and gradients of the first.
+
+    The first step is not timed.
+    """
     torch.manual_seed(cfg.seed)
     model: PreTrainedModel = recipe.build(recipe.device)  # type: ignore[assignment]
     if way.dense:

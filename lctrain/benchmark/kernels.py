@@ -1,4 +1,4 @@
-"""How fast attention runs: forward and backward of every static pattern, on the pairs of tokens that it needs."""
+"""Timing of attention kernels: forward and backward of every static pattern, by the pairs of tokens that it needs."""
 
 import logging
 import time
@@ -31,9 +31,9 @@ from lctrain.tables import show
 
 log = logging.getLogger(__name__)
 
-GOAL = 0.85  # of the rate of causal attention over a whole row of the same length
+GOAL = 0.85  # share of the rate of causal attention over a whole row of the same length
 IN_A_ROW_SECONDS, MEASURED_SECONDS = 0.05, 2.0
-DOCUMENTS = (0.4, 0.3, 0.2, 0.1)  # of a packed row, each made odd: no block divides them
+DOCUMENTS = (0.4, 0.3, 0.2, 0.1)  # shares of a packed row; lengths are made odd, so that no block divides them
 PATTERNS: dict[str, MaskedAttention] = {
     "full": FullAttention(),
     "sliding_window": SlidingWindowAttention(sliding_window=4096),
@@ -53,7 +53,7 @@ class Heads:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One pattern at one length: medians in seconds, rates on the pairs that the pattern needs."""
+    """The times of one pattern at one length: medians in seconds, rates by the pairs that the pattern needs."""
 
     kernel: str
     pattern: str
@@ -65,7 +65,7 @@ class Result:
     forward_seconds: float
     seconds: float  # forward and backward
     tflops_per_second: float
-    of_full: float | None = None  # the rate over that of "full", not packed, of this kernel and length
+    of_full: float | None = None  # the rate divided by that of "full", not packed, with this kernel and length
 
 
 FIELDS = [field.name for field in fields(Result)]
@@ -74,7 +74,7 @@ FIELDS = [field.name for field in fields(Result)]
 def kernels(cfg: DictConfig) -> list[Result]:
     """Time every pattern, alone and packed, at every length on every backend; report a case that fails and go on.
 
-    Every row goes into run_dir/kernels.jsonl as it is measured. Raises InputError without a CUDA device.
+    Write each result into run_dir/kernels.jsonl as soon as it is measured. Raise InputError without a CUDA device.
     """
     if not torch.cuda.is_available():
         raise InputError("benchmark kernels needs a CUDA device")
@@ -97,7 +97,7 @@ def _tried(name: str, kernel: Kernel, pattern: str, *case: Any) -> dict[str, Any
         return asdict(_case(name, kernel, pattern, *case))
     except torch.OutOfMemoryError:
         return {"error": DOES_NOT_FIT}
-    except Exception as error:  # another case may well run
+    except Exception as error:  # other cases may still run
         log.exception("%s on kernel=%s failed", pattern, name)
         return {"error": f"{type(error).__name__}: {error}"[:500]}
     finally:
@@ -105,7 +105,7 @@ def _tried(name: str, kernel: Kernel, pattern: str, *case: Any) -> dict[str, Any
 
 
 def row_mask(method: MaskedAttention, length: int, heads: Heads, documents: list[int], device: str) -> Mask:
-    """The mask of one row of `documents` of these lengths, as a model with `method` would ask for it."""
+    """Return the mask of one row with documents of these lengths, as a model with `method` would build it."""
     layout = Layout(
         length=length,
         num_attention_heads=heads.num_attention_heads,
@@ -134,7 +134,10 @@ def row_mask(method: MaskedAttention, length: int, heads: Heads, documents: list
 
 
 def count_pairs(mask: Mask) -> float:
-    """Pairs of tokens that attend, of a row and query head on average: all of full blocks, of others one by one."""
+    """Return the number of attending pairs of tokens per row and query head, on average.
+
+    Full blocks count with all their pairs; the pairs of partial blocks are counted one by one.
+    """
     blocks = block_mask(mask)
     size, mask_mod = blocks.BLOCK_SIZE[0], mask.mask_mod()
     assert blocks.full_kv_num_blocks is not None
@@ -152,7 +155,7 @@ def count_pairs(mask: Mask) -> float:
 
 
 def packed_documents(length: int) -> list[int]:
-    """Lengths of the documents of a packed row."""
+    """Return the lengths of the documents of a packed row."""
     sizes = [int(share * length) // 2 * 2 - 1 for share in DOCUMENTS[:-1]]
     return [*sizes, length - sum(sizes)]
 
@@ -162,7 +165,7 @@ def _case(name: str, kernel: Kernel, pattern: str, packed: bool, length: int, he
     mask = row_mask(PATTERNS[pattern], length, heads, documents, "cuda")
     pairs = count_pairs(mask)
     torch.cuda.empty_cache()
-    kernel.prepare(mask)  # the first loads kernels
+    kernel.prepare(mask)  # the first call loads kernels
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -187,7 +190,7 @@ def _case(name: str, kernel: Kernel, pattern: str, packed: bool, length: int, he
     seconds = _median_seconds(forward_and_backward, num_repeats)
     with torch.no_grad():
         forward_seconds = _median_seconds(forward, num_repeats)
-    # Two products of 2·D operations a pair forward, five backward: 4·D·pairs·H, and 2.5 times that.
+    # The forward takes two products of 2·D operations a pair, the backward five: 4·D·pairs·H, and 2.5 times that.
     flops = 3.5 * 4 * heads.head_dim * pairs * heads.num_attention_heads
     result = Result(
         kernel=name,
@@ -206,15 +209,15 @@ def _case(name: str, kernel: Kernel, pattern: str, packed: bool, length: int, he
 
 
 def _random(length: int, num_heads: int, head_dim: int, generator: torch.Generator) -> Tensor:
-    """[1, H, L, D] in the layout that a model's projections leave."""
+    """Return random [1, H, L, D] in the memory layout of a model's projections."""
     shape = (1, length, num_heads, head_dim)
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator).transpose(1, 2)
 
 
 def _median_seconds(run: Callable[[], Any], num_repeats: int) -> float:
-    """Of `num_repeats` measurements after a run that compiles; of fewer where a run takes long.
+    """Return the median of `num_repeats` measurements, or fewer if a run takes long, after a run that compiles.
 
-    Short runs are measured in a row: in a step the card never waits for the host to launch the next one.
+    Several short runs are measured together: in a training step, too, the card does not wait for the host's launches.
     """
     run()
     in_a_row = max(1, int(IN_A_ROW_SECONDS / _seconds(run, 1)))
@@ -225,7 +228,7 @@ def _median_seconds(run: Callable[[], Any], num_repeats: int) -> float:
 
 
 def _seconds(run: Callable[[], Any], count: int) -> float:
-    """Of one of `count` runs in a row."""
+    """Return the seconds of one run, averaged over `count` consecutive runs."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(count):

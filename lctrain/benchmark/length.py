@@ -1,4 +1,4 @@
-"""How long a row can be: peak memory by length with each saving alone, up to the first that does not fit."""
+"""Measurement of the longest row: peak memory by length with each saving alone, up to the first that does not fit."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -33,8 +33,10 @@ LADDER: dict[str, Savings] = {
 
 
 def length(cfg: DictConfig) -> list[dict[str, Any]]:
-    """One whole optimizer step at each of `lengths`, ascending: with the loss in tiles instead of Liger's, with each
-    saving alone, by memory=auto; or as configured. Every row goes into run_dir/length.jsonl as it is measured.
+    """Measure one whole optimizer step at each of `lengths`, ascending, up to the first that does not fit.
+
+    With `ladder`, it runs with the loss in tiles instead of Liger's, with each saving alone, and with memory=auto; else
+    as configured. Write each result into run_dir/length.jsonl as soon as it is measured.
     """
     points = Points(Path(cfg.run_dir) / "length.jsonl", cfg.minutes)
     for attention, tuning in product(cfg.attentions or [None], cfg.tunings or [None]):

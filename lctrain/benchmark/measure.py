@@ -1,4 +1,4 @@
-"""Whole training steps of a random model, through Lightning as `lctrain train` runs them."""
+"""Timing of whole training steps of a random model, run through Lightning as `lctrain train` does."""
 
 import gc
 import resource
@@ -27,16 +27,16 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Steps behind `warm_up` ones, of which the first compiles; memory in GiB at its most."""
+    """The steps timed after `warm_up` untimed ones, of which the first compiles; peak memory in GiB."""
 
     length: int
     warm_up: int
-    num_rows: int  # of that length, a step
+    num_rows: int  # rows of that length per step
     seconds: list[float]
     loss: float
     device_memory: float
-    pinned_memory: float  # that a step asks of the host, for the device
-    host_memory: float  # of the process since it began
+    pinned_memory: float  # pinned host memory that a step allocates
+    host_memory: float  # of the process since its start
     memory: str
 
     @property
@@ -45,7 +45,7 @@ class Measured:
 
 
 class _Clock(Callback):
-    """Ends the run when the steps behind `warm_up` have taken `budget` seconds and are three."""
+    """A callback that ends the run once at least three steps after `warm_up` have taken `budget` seconds together."""
 
     def __init__(self, warm_up: int, budget: float) -> None:
         self.seconds: list[float] = []
@@ -80,10 +80,11 @@ def measure(
     warm_up: int = 1,
     **callbacks: Any,
 ) -> Measured:
-    """Trains for `warm_up` + `num_steps` steps on rows of `length` random tokens, one on each device or on those that
-    share it; for fewer steps, three at least, once they have taken `budget` seconds.
+    """Train for `warm_up` + `num_steps` steps on rows of `length` random tokens, and return the times and the memory.
 
-    Raises torch.OutOfMemoryError where it does not fit, RunError for a loss that is not finite.
+    Each device, or each group of devices that share a row, has one row per step. Training ends early once at least
+    three timed steps have taken `budget` seconds. Raise torch.OutOfMemoryError if a step does not fit, RunError if the
+    loss is not finite.
     """
     clock = _Clock(warm_up, budget)
     trainer: Trainer = instantiate(
@@ -99,7 +100,7 @@ def measure(
         world_size=trainer.world_size,
         sequence_parallel_size=cfg.sequence_parallel_size,
     )
-    forget(device)  # before the plan asks what is free
+    forget(device)  # before the plan reads how much memory is free
     module = _module(cfg, length, device, memory, mesh)
     memory_used = module.recipe.memory
     module.recipe.check([length], device.type, mesh.sequence_parallel_size)
@@ -132,7 +133,7 @@ def measure(
 
 
 class _Batches:
-    """Not a list, of which Lightning would take each entry for a loader."""
+    """An iterable of batches; Lightning would treat each entry of a list as a data loader."""
 
     def __init__(self, batches: Any) -> None:
         self._batches = batches
@@ -145,7 +146,7 @@ class _Batches:
 
 
 class _Rows(LightningDataModule):
-    """The batches as they are."""
+    """A data module that serves the given batches."""
 
     def __init__(self, batches: Any, mesh: Mesh) -> None:
         super().__init__()
@@ -158,7 +159,7 @@ class _Rows(LightningDataModule):
 def _module(
     cfg: DictConfig, length: int, device: torch.device, memory: Savings | None, mesh: Mesh
 ) -> LongContextModule:
-    # Of a copy: Hydra resolves in place all that a module refers to, and a group put into `cfg` later would do nothing.
+    # A copy, because Hydra resolves the module's references in place: a group set in `cfg` later would be ignored.
     module: LongContextModule = instantiate(cfg.copy().module, _convert_="all")
     recipe = RandomModel.like(module.recipe, device, sequence_length=length)
     row = OmegaConf.merge(cfg, {"sequence_length": length, "datamodule": {"micro_batch_size": 1}})
@@ -169,7 +170,7 @@ def _module(
 
 
 def _batches(recipe: Any, length: int, num_steps: int, mesh: Mesh) -> list[Batch]:
-    """This rank's part of its rows."""
+    """Return this rank's part of the rows of its group, a batch per step."""
     generator, part = torch.Generator().manual_seed(mesh.data_parallel_rank), mesh.part(length)
     vocab_size = recipe.config().get_text_config().vocab_size
     rows = torch.randint(0, vocab_size, (num_steps, 1, length + 1), generator=generator)
@@ -187,33 +188,34 @@ def _batches(recipe: Any, length: int, num_steps: int, mesh: Mesh) -> list[Batch
 
 
 def synchronize(device: torch.device) -> None:
-    """What was asked of the device is done on return."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock, when all that was asked of the device is done."""
+    """Return the seconds of a clock, after the device has finished all queued work."""
     synchronize(device)
     return time.perf_counter()
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most that was held on a card since `forget`, in GiB."""
+    """Return the peak memory allocated on a card since `forget`, in GiB."""
     return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
 
 
 def _pinned_so_far(device: torch.device) -> int:
-    """Bytes of pinned memory ever handed out. What is held cannot be told: torch counts a block as free when it next
-    looks for one of its size.
+    """Return the bytes of pinned memory allocated so far, freed ones included.
+
+    The bytes in use can't be read: torch counts a block as freed only when it next looks for one of its size.
     """
     return int(torch.cuda.host_memory_stats()["active_bytes.allocated"]) if device.type == "cuda" else 0
 
 
 def forget(device: torch.device) -> None:
-    """What nobody holds any more is free, and the peak is counted anew."""
+    """Free unused memory and reset the peak."""
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.init()  # which a peak that nobody has asked for yet needs
+        torch.cuda.init()  # resetting the peak fails on a device that was never used
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""What the machinery costs: tokens/s of `lctrain train` against a plain loop on the same model and batches."""
+"""Timing of the overhead: tokens/s of `lctrain train` against a plain loop on the same model and batches."""
 
 import json
 import platform
@@ -17,14 +17,14 @@ from lctrain.errors import InputError
 from lctrain.tables import show
 from lctrain.training.run import train
 
-GOAL = 0.95  # of the plain loop's tokens/s
+GOAL = 0.95  # share of the plain loop's tokens/s
 
 
 def overhead(cfg: DictConfig) -> dict[str, object]:
-    """Runs the two in turn, `num_repeats` times, so that what else the machine does falls on both.
+    """Run both in turn, `num_repeats` times, so that other load on the machine affects both.
 
-    The batches are the same, the attention is the same (packed documents apart), both clip and both use AdamW. The
-    rate is the median over steps, then over repetitions. Writes overhead.json into run_dir.
+    Both use the same batches, the same attention (except for packed documents), clipping and AdamW. The rate is the
+    median over steps, then over repetitions. Write overhead.json into run_dir.
     """
     for name in ("num_steps", "num_repeats"):
         if not isinstance(cfg[name], int) or cfg[name] < 1:
@@ -65,7 +65,7 @@ def _plain(cfg: DictConfig) -> tuple[float, float]:
 
 
 def _batches(cfg: DictConfig, recipe: object) -> Sequence[Sequence[Batch]]:
-    """The first steps' micro-batches, as the trainer would ask for them."""
+    """Return the micro-batches of each step, as the trainer would request them."""
     data = instantiate(cfg.datamodule, tokenizer=recipe.tokenizer, _convert_="all")  # type: ignore[attr-defined]
     data.trainer = instantiate(cfg.trainer, logger=False, _convert_="all")
     return [data.step_batches(step) for step in range(cfg.num_steps)]

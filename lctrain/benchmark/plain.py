@@ -1,4 +1,4 @@
-"""A training loop as one writes it by hand: transformers, its own attention and loss, AdamW, clipping, nothing else."""
+"""A hand-written training loop: a transformers model with its own attention, cross-entropy, AdamW and clipping."""
 
 import time
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from lctrain.data.batch import Batch
 
 
 def train(model: PreTrainedModel, steps: Sequence[Sequence[Batch]], *, lr: float, clip: float) -> tuple[float, float]:
-    """(median tokens/s over steps, loss of the first step); a step is its micro-batches."""
+    """Train on `steps`, each a list of micro-batches; return (median tokens/s over steps, loss of the first step)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     rates, losses = [], []
     model.train()

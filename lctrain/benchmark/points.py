@@ -1,6 +1,6 @@
-"""Measured points in a JSON lines file. What is there is not measured again: a ladder may take several short calls.
+"""A JSON lines file of measured points, which are not measured again, so that a benchmark can take several short calls.
 
-What failed is tried again, unless it did not fit.
+A point that failed is tried again, unless it ran out of memory.
 """
 
 import hashlib
@@ -15,7 +15,18 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-PACKAGES = ("torch", "transformers", "peft", "lightning", "deepspeed", "triton", "liger-kernel", "flash-attn-4", "trl")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "lightning",
+    "deepspeed",
+    "triton",
+    "liger-kernel",
+    "flash-attn-4",
+    "flash-attn",
+    "trl",
+)
 
 DOES_NOT_FIT = "out of memory"
 
@@ -23,9 +34,9 @@ Row = dict[str, Any]
 
 
 class Points:
-    """The rows of one file, each with what it was measured on. Another card's are other points.
+    """The results in one file, each with the device and the versions it was measured on.
 
-    Behind `minutes` no point is begun; the same command goes on where it stopped.
+    A result of another device is another point. After `minutes` no point is begun; the same command continues.
     """
 
     def __init__(self, target: Path, minutes: float | None) -> None:
@@ -38,7 +49,7 @@ class Points:
         )
 
     def measure(self, point: Row, run: Callable[[], Row]) -> Row | None:
-        """The row of `point`, from the file or by `run`; None where time is up."""
+        """Return the result of `point`, from the file or by `run`; None if time is up."""
         where = point | {"device": device_name()}
         for row in self.rows + self._known:
             settled = row.get("error", DOES_NOT_FIT) == DOES_NOT_FIT or row in self.rows
@@ -51,7 +62,7 @@ class Points:
         return self.add(where | run())
 
     def add(self, row: Row) -> Row:
-        """Writes it down at once: the next point may take minutes."""
+        """Write `row` into the file at once, since the next point may take minutes, and return it."""
         row = row | {"device": device_name(), "versions": versions()}
         self.target.parent.mkdir(parents=True, exist_ok=True)
         with self.target.open("a") as file:
@@ -60,32 +71,32 @@ class Points:
         return row
 
     def is_over(self) -> bool:
-        """Whether `minutes` have passed."""
+        """Return whether `minutes` have passed."""
         return self._ends is not None and time.monotonic() > self._ends
 
     def told(self) -> str:
-        """Where the rows are, and whether there are more to come."""
+        """Return a message: the file, and whether points are left to measure."""
         return f"{self.target}; time is up, the same command measures the rest" if self.skipped else str(self.target)
 
 
 def fingerprint(*settings: DictConfig) -> str:
-    """Tells points of other settings apart."""
+    """Return a short hash that tells points of different settings apart."""
     text = "\n".join(OmegaConf.to_yaml(each, resolve=True) for each in settings)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def last_line(text: str) -> str:
-    """What a process that failed said last."""
+    """Return the last line that a failed process printed."""
     return (text.strip().splitlines() or ["it said nothing"])[-1]
 
 
 def device_name() -> str:
-    """The card, or else the processor."""
+    """Return the name of the card, or of the processor without one."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
 
 
 def versions() -> dict[str, str | None]:
-    """Of the packages that decide how fast a step is."""
+    """Return the versions of the packages that influence the speed of a step."""
     return {name: _version(name) for name in PACKAGES}
 
 

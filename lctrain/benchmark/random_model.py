@@ -1,4 +1,4 @@
-"""A published shape with random weights: what a step costs does not depend on what the model knows."""
+"""A model of a published shape with random weights: the cost of a step does not depend on the weights' values."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -15,14 +15,14 @@ from lctrain.model.recipe import ModelRecipe
 
 @dataclass(frozen=True, kw_only=True)
 class RandomModel(ModelRecipe):
-    """Like the recipe that it is made of, without its weights and tokenizer; any tuning may train it."""
+    """A recipe with another's shape and settings, but random weights and no tokenizer; any tuning may train it."""
 
     published: PreTrainedConfig
     device: torch.device
 
     @classmethod
     def like(cls, recipe: ModelRecipe, device: torch.device, **changes: Any) -> "RandomModel":
-        """Takes the shape and every setting of `recipe`, but for `changes`."""
+        """Build it with the shape and every setting of `recipe`, except for `changes`."""
         settings = {field.name: getattr(recipe, field.name) for field in fields(ModelRecipe)} | changes
         return cls(published=recipe.base_config(), device=device, **settings)
 
@@ -30,7 +30,7 @@ class RandomModel(ModelRecipe):
         return deepcopy(self.published)
 
     def load(self, config: PreTrainedConfig) -> PreTrainedModel:
-        with self.device:  # 8B numbers are drawn in a second there, in minutes on a CPU
+        with self.device:  # drawing 8B random numbers takes a second on a card, minutes on a CPU
             return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=self.loaded_dtype(config)))
 
     def check(self, lengths: Sequence[int], device_type: str = "cpu", sequence_parallel_size: int = 1) -> None:

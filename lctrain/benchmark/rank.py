@@ -1,6 +1,6 @@
-"""One rank of timed runs: `python -m lctrain.benchmark.rank <config>` reads lengths from standard input, a line each.
+"""One rank of a timed run: `python -m lctrain.benchmark.rank <config>` reads lengths from standard input, one per line.
 
-The first rank answers each in a file beside the config.
+The first rank writes each answer into a file beside the config.
 """
 
 import json
@@ -20,7 +20,7 @@ from lctrain.folder import write_aside
 
 
 def main() -> None:
-    """Measure until there is no more to read; fail with a last line that says why."""
+    """Measure each length read until the input ends; on failure, print the reason as the last line."""
     settings = Path(sys.argv[1])
     cfg = OmegaConf.load(settings)
     assert isinstance(cfg, DictConfig)
@@ -31,13 +31,13 @@ def main() -> None:
             fits = not isinstance(error, torch.OutOfMemoryError | DoesNotFit)
             said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             print(said if fits else DOES_NOT_FIT, flush=True)
-            os._exit(1)  # the others may wait for this one in an exchange, and it for them at its exit
+            os._exit(1)  # a normal exit would wait for ranks that wait for this one in an exchange
         if os.environ["RANK"] == "0":
             write_aside(settings.with_name(f"{int(line)}.json"), json.dumps(answer))
 
 
 def _measured(cfg: DictConfig, length: int) -> dict[str, float]:
-    """Time `cfg.num_steps` steps; where there are several devices, trace one more and tell how long it waited."""
+    """Time `cfg.num_steps` steps; with several devices, also trace one more step for the seconds spent in exchanges."""
     if os.environ["WORLD_SIZE"] == "1":
         return asdict(measure(cfg, length, num_steps=cfg.num_steps, budget=cfg.step_seconds))
     exchanges = Exchanges(step=1 + cfg.num_steps)

@@ -1,4 +1,4 @@
-"""Does a head pattern know its retrieval heads: recall and perplexity by the share of heads that stream."""
+"""Comparison of a learned head pattern with random ones: recall and perplexity by the share of heads that stream."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,12 +27,21 @@ from lctrain.folder import RunFolder
 from lctrain.heads import HeadPattern
 from lctrain.tables import show
 
-READ = ("model", "data", "datamodule", "evaluation", "retrieval", "sequence_length", "seed", "kernel")  # of the config
+READ = (
+    "model",
+    "data",
+    "datamodule",
+    "evaluation",
+    "retrieval",
+    "sequence_length",
+    "seed",
+    "kernel",
+)  # config keys used
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way to choose the heads that stream. `seed` draws the random ones."""
+    """One way to choose the heads that stream; `seed` is set for random heads only."""
 
     kind: str
     share: float
@@ -47,10 +56,10 @@ class Arm:
 
 
 def retrieval(cfg: DictConfig) -> dict[str, Any]:
-    """Every task of `evaluation` under every arm: full attention, the learned heads at each share, random heads at the
-    same shares, every head streaming. One model serves all of them; the arms differ in their cache only.
+    """Measure every task of `evaluation` under every arm: full attention, the learned heads at each share, random heads
+    at the same shares, every head streaming. All arms use one model and differ only in its cache.
 
-    Writes retrieval.json and pictures into run_dir. Goes on cell by cell with resume=auto.
+    Write retrieval.json and pictures into run_dir. With resume=auto, continue with the next cell.
     """
     folder = RunFolder(cfg.run_dir)
     begin(cfg, folder)

@@ -1,4 +1,4 @@
-"""What streaming heads cost in recall and perplexity: rows for JSON, a table, a picture per task."""
+"""The report on what streaming heads cost in recall and perplexity: rows for JSON, a table, a picture per task."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -19,7 +19,7 @@ Row = dict[str, Any]
 def row(
     label: str, kind: str, share: float, seed: int | None, done: Mapping[str, Result], full: Mapping[str, Result]
 ) -> Row:
-    """One arm: recall over all lengths and depths, how much of full attention's that is, perplexity by length."""
+    """Return the row of one arm: recall over all cells, its share of full attention's recall, perplexity by length."""
     recall = {task: recalled(result) for task, result in done.items() if "by_depth" in result}
     whole = {task: recalled(full[task]) for task in recall}
     return {
@@ -34,12 +34,12 @@ def row(
 
 
 def recalled(result: Result) -> float:
-    """Over all cells."""
+    """Return the recall over all cells."""
     return fmean(result["by_length"].values())
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """A line per kind and share; of random heads the mean, and the least and the most of the seeds."""
+    """Return a table with a line per kind and share; random heads show the mean, minimum and maximum over the seeds."""
     longest = list(rows[0]["perplexity"])[-1:]
     shown = Table(title="Recall and perplexity by the share of streaming heads", title_justify="left")
     for heading in ("heads", "streaming"):
@@ -55,13 +55,13 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """One value, or the mean of several with the least and the most behind it."""
+    """Return one value, or the mean of several followed by their minimum and maximum, as text."""
     mean = form.format(fmean(values))
     return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
 
 
 def picture(task: str, rows: Sequence[Row]) -> Figure:
-    """Recall over the share of streaming heads: learned ones as a line, random ones as a band with a dot per seed."""
+    """Draw recall over the share of streaming heads: learned heads as a line, random ones as a band, seeds as dots."""
     figure = Figure(figsize=(8, 4.4))
     axes = figure.subplots()
     recalls = {kind: [(each["share"], each["recall"][task]) for each in rows if each["kind"] == kind]
@@ -80,7 +80,7 @@ def picture(task: str, rows: Sequence[Row]) -> Figure:
     colour, band = COLOURS["before"], {ends[0][0]: [ends[0][1]], **by_share, ends[1][0]: [ends[1][1]]}
     axes.plot([*band], [fmean(values) for values in band.values()], color=colour, label="random heads, mean")
     axes.fill_between([*band], [*map(min, band.values())], [*map(max, band.values())], color=colour, alpha=0.2, lw=0)
-    # Side by side, or equal ones would look like one.
+    # Dots are shifted sideways, or equal values would look like one dot.
     dots = [(share + 0.018 * (i - (len(values) - 1) / 2), value) for share, values in by_share.items()
             for i, value in enumerate(values)]  # fmt: skip
     axes.plot(*zip(*dots, strict=True), "o", color=colour, markersize=4, zorder=4, label="random heads, each seed")

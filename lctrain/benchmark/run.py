@@ -1,4 +1,4 @@
-"""`lctrain benchmark`: the comparison that was asked for."""
+"""Implement `lctrain benchmark`: run the comparison named by `cfg.what`."""
 
 from omegaconf import DictConfig
 
@@ -28,7 +28,7 @@ COMPARISONS = {
 
 
 def main(cfg: DictConfig) -> None:
-    """Runs `cfg.what`; it prints its table and writes its JSON into run_dir."""
+    """Run the comparison `cfg.what`, which prints a table and writes JSON into run_dir."""
     if cfg.what not in COMPARISONS:
         raise InputError(nearest(f"no benchmark '{cfg.what}'", cfg.what, list(COMPARISONS), show_all=True))
     COMPARISONS[cfg.what](cfg)

@@ -1,6 +1,6 @@
-"""What a head pattern saves when a model is served: full attention's cache against DuoAttention's, in one run.
+"""Measurement of what a head pattern saves in serving: full attention's cache against DuoAttention's, in one run.
 
-Costs do not depend on what a model knows: weights, tokens and the pattern are random.
+Weights, tokens and the pattern are random, since costs do not depend on their values.
 """
 
 from collections.abc import Iterator
@@ -32,26 +32,26 @@ from lctrain.model.decode import GreedyDecoder
 from lctrain.model.tuning import Frozen
 from lctrain.tables import show
 
-WARM_UP = 3  # decoded tokens that are not timed: the first runs as it is, the second captures
-SHRINK = 0.99  # of a length that did not fit, the next that is tried
+WARM_UP = 3  # decoded tokens that are not timed: the first runs without a graph, the second captures one
+SHRINK = 0.99  # factor from a length that did not fit to the next length tried
 
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """One row of `length` tokens. Memory is the device's; 0 where it does not tell."""
+    """The results for one row of `length` tokens; memory is the device's, and `peak_gib` is 0 on a CPU."""
 
     cache: str
     length: int
-    filled: str  # how the cache came to its tokens: all read in chunks, or random numbers but for the last chunk
+    filled: str  # "read": all chunks of the prompt were; "random": only the last chunk, after random keys and values
     kv_gib: float
     peak_gib: float
     prefill_seconds: float | None
-    decode_seconds: float  # median of a token's
+    decode_seconds: float  # median over tokens
     eager_seconds: float  # the same without CUDA graphs
 
 
 def serve(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Each cache at `serve.lengths`, then at the longest that fits. Writes serve.json into run_dir after every row."""
+    """Measure each cache at `serve.lengths`, then at the longest that fits; write run_dir/serve.json after each row."""
     target = Path(cfg.run_dir) / "serve.json"
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
     if cfg.serve.longest and device.type == "cpu":
@@ -75,7 +75,7 @@ def serve(cfg: DictConfig) -> list[dict[str, Any]]:
 
 
 def _policies(cfg: DictConfig, recipe: RandomModel) -> dict[str, CachePolicy]:
-    """Checked against the shortest row: streaming heads must have something to forget."""
+    """Return both cache policies, checked against the shortest row: streaming heads must have tokens to drop in it."""
     config = recipe.config().get_text_config()
     gates = torch.rand(
         config.num_hidden_layers, config.num_key_value_heads, generator=torch.Generator().manual_seed(cfg.seed)
@@ -93,7 +93,7 @@ def _policies(cfg: DictConfig, recipe: RandomModel) -> dict[str, CachePolicy]:
 
 
 class _Bench:
-    """A model, and what is asked of it."""
+    """A model and the measurements of it."""
 
     def __init__(self, cfg: DictConfig, model: Any) -> None:
         self._cfg = cfg.serve
@@ -102,9 +102,9 @@ class _Bench:
         self.weights_gib = sum(p.numel() * p.element_size() for p in model.parameters()) / GIB
 
     def rows(self, policies: dict[str, CachePolicy]) -> Iterator[Served]:
-        """Both caches at each length, ascending; the longest at the end."""
+        """Yield the results of both caches at each length, ascending, and at last for the longest that fits."""
         overhead: dict[str, float] = {}
-        for name, policy in policies.items():  # kernels are compiled, for the shapes of a first and a later chunk
+        for name, policy in policies.items():  # compile kernels for the shapes of a first and a later chunk
             self._read(name, policy, 2 * self._cfg.chunk_size)
         fill = self._read if self._cfg.read else self._filled
         for length in sorted(self._cfg.lengths):
@@ -117,7 +117,7 @@ class _Bench:
                 yield self._longest(name, policy, overhead[name])
 
     def _read(self, name: str, policy: CachePolicy, length: int) -> Served:
-        """A prompt of this length, whole."""
+        """Read a whole prompt of this length, then decode."""
         forget(self._model.device)
         cache, tokens = policy.new(self._model, length + self._room), self._tokens(length + 1)
         start = now(self._model.device)
@@ -125,7 +125,7 @@ class _Bench:
         return self._decode(name, cache, tokens[:, -1:], "read", now(self._model.device) - start)
 
     def _longest(self, name: str, policy: CachePolicy, overhead: float) -> Served:
-        """As long as memory allows, foretold from shorter rows and tried: the cache is filled, one chunk is read."""
+        """Measure the longest row that fits: estimate it by shorter rows, then shrink it until `_filled` fits."""
         forget(self._model.device)
         free = torch.cuda.mem_get_info()[0] / GIB + self.weights_gib - overhead
         length = int(free * GIB / self._num_bytes(policy, 2**20) * 2**20)
@@ -135,7 +135,7 @@ class _Bench:
             length = int(length * SHRINK)
 
     def _filled(self, name: str, policy: CachePolicy, length: int) -> Served:
-        """Random keys and values, and the last chunk read behind them."""
+        """Fill the cache with random keys and values, read the last chunk after them, then decode."""
         forget(self._model.device)
         cache, tokens = policy.new(self._model, length + self._room), self._tokens(length + 1)
         prefill(self._model, tokens[:, :2], None, cache, None)  # makes the buffers
@@ -174,7 +174,7 @@ class _Bench:
 
     @property
     def _room(self) -> int:
-        """For the tokens that are decoded."""
+        """Return the number of tokens to reserve for decoding."""
         return 2 * (WARM_UP + int(self._cfg.num_tokens))
 
     def _num_bytes(self, policy: CachePolicy, length: int) -> int:
@@ -191,12 +191,12 @@ def _layers(cache: Cache) -> Iterator[CacheLayer]:
 
 
 def held_bytes(cache: Cache) -> int:
-    """Return the bytes of the storages that its stores hold."""
+    """Return the bytes that the cache's stores hold."""
     return sum(part.store.num_bytes for layer in _layers(cache) for part in layer.parts)
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Duo beside full at each length: memory as a share, times as how much faster; of the longest, how much longer."""
+    """Return duo's share of full's memory and its speed-up at each length, and the ratio of the longest lengths."""
     full, duo = ([row for row in rows if row["cache"] == name] for name in ("full", "duo"))
     compared = []
     for a, b in zip(full, duo, strict=False):

@@ -1,4 +1,4 @@
-"""How fast a whole training step is: lengths × attention × tuning, beside what others run."""
+"""Timing of whole training steps: lengths × attention × tuning, compared with peers."""
 
 import json
 import subprocess
@@ -25,9 +25,9 @@ PEERS = ("trl", "assembly")
 
 
 def step(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Steps of a model of the configured shape with random weights, and the peers': medians, fastest, slowest.
+    """Time steps of a model of the configured shape with random weights, and those of the peers.
 
-    A peer's attention is its own, its tuning LoRA. Every row goes into run_dir/step.jsonl as it is measured.
+    A peer runs its own attention and LoRA. Write each result into run_dir/step.jsonl as soon as it is measured.
     """
     if unknown := [peer for peer in cfg.peers if peer not in PEERS]:
         raise InputError(f"peers: {unknown[0]} is none of {', '.join(PEERS)}")
@@ -52,12 +52,12 @@ def _measured(cfg: DictConfig, length: int) -> dict[str, Any]:
 
 
 def kind(cfg: DictConfig, group: str) -> str:
-    """The module of what a group configures, which bears the file's name."""
+    """Return the name of the module that a group's `_target_` lies in, such as `shifted_sparse`."""
     return str(cfg[group]._target_).split(".")[-2]
 
 
 def label(cfg: DictConfig) -> dict[str, Any]:
-    """What a row is of."""
+    """Return the fields that identify a row: stack, attention, tuning, precision and a hash of other settings."""
     tuning = cfg.tuning._target_.split(".")[-1]
     trainable = [*cfg.tuning.get("trainable", [])]
     return {
@@ -70,7 +70,7 @@ def label(cfg: DictConfig) -> dict[str, Any]:
 
 
 def choose(cfg: DictConfig, **choices: str | None) -> DictConfig:
-    """`cfg` with other files of the named groups; None leaves a group as it is."""
+    """Return `cfg` with other files chosen for the named groups; None leaves a group as it is."""
     changed = cfg.copy()
     for group, name in choices.items():
         if name is None:
@@ -84,7 +84,7 @@ def choose(cfg: DictConfig, **choices: str | None) -> DictConfig:
 
 
 def _load(file: Path) -> DictConfig:
-    """A file of a group, over those beside it that it begins with."""
+    """Load a file of a group, merged over the files of its `defaults` list."""
     node = OmegaConf.load(file)
     assert isinstance(node, DictConfig)
     bases = [_load(file.with_name(f"{name}.yaml")) for name in node.pop("defaults", []) if name != "_self_"]
@@ -92,7 +92,7 @@ def _load(file: Path) -> DictConfig:
 
 
 def _ask(points: Points, cfg: DictConfig, peer: str, attention: str) -> None:
-    """What a peer measures of itself, in a process of its own for each length."""
+    """Measure a peer, in a process of its own for each length."""
     config = instantiate(cfg.model, _convert_="all").base_config()
     architecture = {key: value for key, value in config.to_dict().items() if key not in ("dtype", "use_cache")}
     row = {
@@ -121,14 +121,14 @@ def _answer(peer: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(target: Path, rows: list[dict[str, Any]], **more: Any) -> None:
-    """Rows with what they were measured on, and more, as JSON."""
+    """Write the rows as JSON, with the device, the versions and `more`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     found = {"device": device_name(), "versions": versions(), "rows": rows} | more
     target.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """Return a line per row: what was measured, how fast it was and what it took."""
+    """Return a table with a line per row: what was measured, its speed and its memory."""
     memories = {"device_memory": "GiB", "pinned_memory": "on host", "memory": "memory"}
     shown = Table(
         "stack", "attention", "tuning", "tokens", "tokens/s", "step, s", "fastest, slowest", *memories.values()

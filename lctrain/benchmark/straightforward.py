@@ -1,4 +1,4 @@
-"""The straightforward ways to train gates, to measure ours against: the same losses and gradients at another cost.
+"""The straightforward ways to train gates, for comparison with ours: the same losses and gradients at another cost.
 
 Shape legend: B batch, H query heads, K key-value heads, L queries, S keys, D head dim.
 """
@@ -22,7 +22,7 @@ from lctrain.training.distillation import Distillation
 
 
 class DenseKernel(Kernel):
-    """Every pattern as a mask of all pairs for scaled_dot_product_attention: each costs what full attention costs."""
+    """A kernel that passes torch's SDPA a mask of all pairs, so that every pattern costs as much as full attention."""
 
     @classmethod
     def refusal(cls, demand: Demand) -> str | None:
@@ -41,7 +41,7 @@ class DenseKernel(Kernel):
 
 @dataclass(frozen=True, kw_only=True)
 class ConcatenatedDuoAttention(DuoAttention):
-    """[full; mixed] in one batch, as the authors' code: the first half of the rows is the teacher's."""
+    """DuoAttention with [full; mixed] in one batch, as in the authors' code: the teacher's rows are the first half."""
 
     def attend(
         self, module: nn.Module, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, layout: Layout, run: Run
@@ -54,7 +54,7 @@ class ConcatenatedDuoAttention(DuoAttention):
 
 @dataclass(frozen=True, kw_only=True)
 class ConcatenatedDistillation(Distillation):
-    """The distance between the halves of a batch in which every row stands twice."""
+    """Distillation by the distance between the halves of a batch that holds every row twice."""
 
     def __call__(self, model: PreTrainedModel | PeftModel, batch: Mapping[str, Any]) -> Mapping[str, Tensor]:
         valid_BL = batch["labels"] != IGNORED

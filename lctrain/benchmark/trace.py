@@ -1,4 +1,4 @@
-"""Where a step's time goes: a profiler trace, how busy the device is, what waits for it."""
+"""A profile of one step: a profiler trace, the share of time the device is busy, and the host's waits for it."""
 
 import json
 from collections.abc import Iterable
@@ -15,25 +15,25 @@ from torch.profiler import ProfilerActivity, profile
 from lctrain.benchmark.measure import measure
 from lctrain.tables import show
 
-MAX_NAME = 56  # letters of a kernel's name in the table; trace_summary.json has all
+MAX_NAME = 56  # letters of a kernel's name in the table; trace_summary.json has the whole name
 SYNCHRONIZATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traced:
-    """One step: seconds from its first to its last kernel, the share in which one ran, and the longest kinds."""
+    """A profile of one step: seconds from its first to its last kernel, the share in which one ran, longest kinds."""
 
     seconds: float
     busy: float
     num_synchronizations: int  # of the host with the device, those of the trainer included
-    num_compilations: int  # in steps behind the first
+    num_compilations: int  # in steps after the first
     kernels: list[tuple[str, float]]  # seconds
 
 
 def trace(cfg: DictConfig) -> Traced:
-    """The third step of the configured model at the first of `lengths`, with random weights.
+    """Trace the third step of the configured model with random weights, at the first of `lengths`.
 
-    Writes trace.json.gz, for chrome://tracing or Perfetto, and trace_summary.json into run_dir.
+    Write trace.json.gz, for chrome://tracing or Perfetto, and trace_summary.json into run_dir.
     """
     folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def trace(cfg: DictConfig) -> Traced:
 
 
 def table(traced: Traced) -> Table:
-    """Return a line per kind of kernel."""
+    """Return a table with a line per kind of kernel."""
     shown = Table("kernel", "ms", "share")
     for name, seconds in traced.kernels:
         shown.add_row(name[:MAX_NAME], f"{1e3 * seconds:.1f}", f"{seconds / traced.seconds:.1%}")
@@ -83,7 +83,7 @@ class _Profiled(Callback):
 
 
 class Exchanges(Callback):
-    """Traces one step, counted from 0: for how many seconds its device runs nothing but exchanges with others."""
+    """A callback that traces one step, counted from 0: the seconds in which its device runs only exchanges."""
 
     def __init__(self, step: int) -> None:
         self.waiting: float | None = None  # None without a CUDA device
@@ -116,7 +116,7 @@ def _num_compilations() -> int:
 
 
 def summarize(events: Iterable[Any], num_compilations: int) -> Traced:
-    """The shares from a profile's events; without a device the host's own operations stand in."""
+    """Summarize a profile's events; without a device, the host's operations are used instead."""
     events = list(events)
     on_device = [
         event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation
@@ -136,7 +136,7 @@ def summarize(events: Iterable[Any], num_compilations: int) -> Traced:
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of sorted spans."""
+    """Return the length of the union of sorted spans."""
     total, reached = 0.0, float("-inf")
     for start, end in spans:
         total += max(0.0, end - max(start, reached))

@@ -1,1 +1,1 @@
-"""Slurm: jobs that are checked before they queue, run from a snapshot, come back, and can be looked at."""
+"""Slurm jobs: check them before they queue, run them from a snapshot, requeue them, and show their state."""

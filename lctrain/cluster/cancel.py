@@ -1,4 +1,4 @@
-"""`lctrain cancel`."""
+"""Implement `lctrain cancel`."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from lctrain.errors import InputError
 
 
 def main(cfg: DictConfig) -> None:
-    """End the job of `cfg.run_dir`. InputError where it has none that waits or runs."""
+    """Cancel the job of `cfg.run_dir`. Raise InputError if no job of the folder waits or runs."""
     record = Path(cfg.run_dir) / JOB_ID
     if not record.exists():
         raise InputError(f"{cfg.run_dir} was not submitted: it has no {JOB_ID}")

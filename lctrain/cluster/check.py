@@ -1,4 +1,4 @@
-"""What would fail after hours in the queue, looked at before."""
+"""Checks before a job is queued, of everything that would otherwise fail after hours in the queue."""
 
 import shutil
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ GIB = 2**30
 
 
 def check_evaluation(cfg: DictConfig, job: Job) -> Iterator[str]:
-    """What was found to be right, one line each. InputError at the first thing that is not."""
+    """Check an evaluation and yield a line per passed check. Raise InputError at the first failed one."""
     yield f"cluster {check_partition(job)}"
     recipe = instantiate(cfg.model, _convert_="all")
     recipe.check([cfg.sequence_length], "cpu" if job.gpus_per_node == 0 else "cuda")
@@ -30,7 +30,10 @@ def check_evaluation(cfg: DictConfig, job: Job) -> Iterator[str]:
 
 
 def check_training(cfg: DictConfig, job: Job) -> Iterator[str]:
-    """The same for a training; the cheap things come first, the data is tokenized last."""
+    """Check a training and yield a line per passed check: cheap checks first, tokenizing the data last.
+
+    Raise InputError at the first failed one.
+    """
     yield f"cluster {check_partition(job)}"
     yield f"batch   {check_batch(cfg, job)}"
     recipe = instantiate(cfg.model, _convert_="all")
@@ -42,15 +45,15 @@ def check_training(cfg: DictConfig, job: Job) -> Iterator[str]:
     if planned.memory.peak > cfg.device_memory * GIB:
         raise InputError(f"memory {verdict(planned, cfg)}")
     yield f"memory  {verdict(planned, cfg)}"
-    # Two checkpoints of fp32 weights and two moments of what trains, 12 bytes each, and one more while it is written;
-    # what is exported is a copy of every parameter in at most 4 bytes.
+    # A checkpoint holds fp32 weights and two moments of what trains, 12 bytes a parameter; while one is written, there
+    # is one more than `num_kept`. The export is a copy of every parameter in at most 4 bytes.
     kept = cfg.callbacks.checkpoint.num_kept + 1
     yield f"disk    {check_disk(Path(cfg.run_dir), 12 * planned.trainable * kept + 4 * planned.parameters)}"
     yield f"data    {check_data(cfg, recipe)}"
 
 
 def check_partition(job: Job) -> str:
-    """Compares the job with its partition; what only the cluster can judge, `sbatch --test-only` says."""
+    """Compare the job with its partition; `sbatch --test-only` later checks what only the cluster knows."""
     limits = partition_limits(job.partition)
     name = limits["PartitionName"]
     if limits["State"] != "UP":
@@ -72,7 +75,7 @@ def check_partition(job: Job) -> str:
 
 
 def check_batch(cfg: DictConfig, job: Job) -> str:
-    """The arithmetic of an optimizer step."""
+    """Compare the config's devices and rows per step with the job's, and return the arithmetic of an optimizer step."""
     asked = {"devices": job.tasks_per_node, "num_nodes": job.nodes}
     for name, there in asked.items():
         if cfg.trainer[name] != there:
@@ -105,7 +108,7 @@ def check_batch(cfg: DictConfig, job: Job) -> str:
 
 
 def check_model(cfg: DictConfig, job: Job) -> str:
-    """Where nodes can't fetch a hub model, its weights must be in the cache; those of a folder were looked at."""
+    """Refuse a hub model whose weights are not in the cache if the nodes are offline; a folder was checked before."""
     path = cfg.model.get("path")
     if path is None or Path(path).is_dir():
         return path or "from scratch"
@@ -125,7 +128,7 @@ def check_model(cfg: DictConfig, job: Job) -> str:
 
 
 def check_disk(run_dir: Path, needed: float) -> str:
-    """Compares the free disk with the run's checkpoints and its export."""
+    """Compare the free disk with the size of the run's checkpoints and export."""
     existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -137,7 +140,7 @@ def check_disk(run_dir: Path, needed: float) -> str:
 
 
 def check_data(cfg: DictConfig, recipe: Any) -> str:
-    """Tokenizes the corpus, so that no node has to, and refuses one that does not fill a step or an evaluation."""
+    """Tokenize the corpus, so that no node has to, and refuse one too small for a step or an evaluation."""
     datamodule = instantiate(cfg.datamodule, tokenizer=recipe.tokenizer, _convert_="all")
     datamodule.prepare_data()
     world = cfg.trainer.devices * cfg.trainer.num_nodes

@@ -1,4 +1,4 @@
-"""What a job asks of Slurm."""
+"""The options of a Slurm job."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -16,10 +16,10 @@ class Job:
     """The options of one job. None leaves an option to the cluster.
 
     `script` is the template in slurm/; `tasks_per_node` processes run on each node, one per GPU. `array` asks for a
-    job per number, which is its seed (of an evaluation: its length in 1024 tokens) and names its folder in run_dir.
-    `signal_seconds` before `time` is up a run stops by itself. `max_restarts` bounds how often one that failed is tried
-    again; one that was asked to stop always is. With `offline`, nothing is fetched from or sent to the internet.
-    `setup` are lines of shell.
+    job per number; the number is the job's seed (for an evaluation, its length in units of 1024 tokens) and the name
+    of its folder in run_dir. A run stops by itself `signal_seconds` before its `time` is up. A failed job is tried
+    again at most `max_restarts` times in a row; a job that was asked to stop is always queued again. With `offline`,
+    nothing is fetched from or sent to the internet. `setup` holds lines of shell.
     """
 
     script: Literal["auto", "train_single_node", "train_multi_node", "preemptible", "evaluate_array"]
@@ -59,21 +59,21 @@ class Job:
 
     @property
     def seconds(self) -> int:
-        """`time` (minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]])."""
+        """Return `time` in seconds (from minutes[:seconds], hours:minutes:seconds, days-hours[:minutes[:seconds]])."""
         return parse_time(str(self.time))
 
     @property
     def evaluates(self) -> bool:
-        """Whether the job measures a model instead of training one."""
+        """Return whether the job measures a model instead of training one."""
         return self.script == "evaluate_array"
 
     @property
     def template(self) -> str:
-        """The script that is filled in."""
+        """Return the name of the script in slurm/ that is filled in."""
         return self.script if self.script != "auto" else f"train_{'single' if self.nodes == 1 else 'multi'}_node"
 
     def directives(self, run_dir: Path) -> Iterator[tuple[str, object]]:
-        """The #SBATCH options, in the order in which they are read best."""
+        """Yield name and value of each #SBATCH option, in the order that reads best."""
         yield "job-name", self.name
         yield "nodes", self.nodes
         yield "ntasks-per-node", self.tasks_per_node
@@ -87,7 +87,7 @@ class Job:
                 yield name, getattr(self, name)
         if numbers is not None:
             yield "array", numbers
-        if not self.evaluates:  # an evaluation that was cut off goes on cell by cell, whenever that was
+        if not self.evaluates:  # an evaluation saves each cell, so it needs no warning
             yield "signal", f"B:USR1@{self.signal_seconds}"
         yield "requeue", None
         yield "open-mode", "append"
@@ -95,12 +95,12 @@ class Job:
         yield "output", self.log(run_dir)
 
     def log(self, run_dir: Path) -> Path:
-        """Where the job writes, in Slurm's spelling: %j is the job's id, %A and %a an array's and its task's."""
+        """Return the log file in Slurm's notation: %j is the job's id, %A the array's id, %a the number of its task."""
         return run_dir / ("slurm-%j.log" if self.array is None else "slurm-%A_%a.log")
 
 
 def parse_time(text: str) -> int:
-    """Seconds of a time as Slurm writes it. InputError where it is none."""
+    """Return the seconds of a time in Slurm's notation. Raise InputError if `text` is not such a time."""
     if not (match := TIME.fullmatch(text)):
         raise InputError(f"slurm.time={text} is not a time; give minutes, hours:minutes:seconds or days-hours")
     days, *parts = match.groups()

@@ -1,4 +1,4 @@
-"""The job script: a template of slurm/ with this job's options, environment and arguments filled in."""
+"""The job script: a template from slurm/ with the job's options, environment and arguments filled in."""
 
 import re
 import shlex
@@ -13,10 +13,10 @@ OFFLINE = "export HF_HUB_OFFLINE=1 WANDB_MODE=offline # compute nodes reach no i
 
 
 def job_script(job: Job, run_dir: Path, arguments: Sequence[str]) -> str:
-    """The text of run_dir/job.sbatch, which `sbatch` takes as it is.
+    """Return the text of run_dir/job.sbatch, which `sbatch` takes as it is.
 
-    It is slurm/<template>.sbatch with other #SBATCH lines and another environment, and with the file in it that the
-    template sources, behind a line that sets the `arguments`.
+    The text is slurm/<template>.sbatch with the job's #SBATCH lines and environment. A line that sets the `arguments`
+    and the content of the file that the template sources replace the template's `source` line.
     """
     folder = root() / "slurm"
     text = (folder / f"{job.template}.sbatch").read_text()
@@ -31,7 +31,7 @@ def job_script(job: Job, run_dir: Path, arguments: Sequence[str]) -> str:
 
 
 def _replaced(text: str, line: str, new: Iterator[str] | Sequence[str]) -> str:
-    """The block of lines that look like `line` becomes the `new` ones."""
+    """Replace each block of lines that match `line` by the `new` lines."""
     return re.sub(rf"(?:^{line}\n)+", lambda _: "".join(f"{each}\n" for each in new), text, flags=re.MULTILINE)
 
 

@@ -1,4 +1,4 @@
-"""Slurm's commands, and what they say."""
+"""Calls of Slurm's commands, and their parsed answers."""
 
 import re
 import shutil
@@ -8,17 +8,20 @@ from dataclasses import dataclass
 
 from lctrain.errors import InputError
 
-JOB_ID = "job_id.txt"  # in the folder of a run that was submitted
+JOB_ID = "job_id.txt"  # file in the folder of a submitted run
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD")
 
 
 def installed() -> bool:
-    """Whether this machine can talk to a cluster."""
+    """Return whether Slurm's commands are on this machine."""
     return shutil.which("sbatch") is not None
 
 
 def call(*command: str, given: str = "") -> str:
-    """What a command prints, `given` a text. InputError in its words where it refuses, or where Slurm is not here."""
+    """Run a command with `given` as its input and return what it prints.
+
+    Raise InputError with the command's own message if it fails, or if Slurm is not installed.
+    """
     if not shutil.which(command[0]):
         raise InputError(f"no {command[0]} on this machine: Slurm is not installed here")
     done = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
@@ -30,7 +33,7 @@ def call(*command: str, given: str = "") -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class JobState:
-    """One job, or one task of an array."""
+    """The state of one job, or of one task of an array."""
 
     job_id: str
     state: str
@@ -38,26 +41,26 @@ class JobState:
 
     @property
     def active(self) -> bool:
-        """Whether it waits or runs."""
+        """Return whether the job waits or runs."""
         return self.state in ACTIVE
 
 
 def job_states(job_ids: Iterable[str]) -> dict[str, JobState]:
-    """What squeue says of these jobs, or, of those that it has forgotten, sacct; nothing where neither knows them.
+    """Return the state of each job from squeue, or from sacct if squeue no longer lists the job.
 
-    Tasks of an array are found under `<array>_<task>`.
+    Jobs that neither knows are left out. The key of an array's task is `<array>_<task>`.
     """
     wanted = set(job_ids)
     found: dict[str, JobState] = {}
     if not wanted or not installed():
         return found
-    # Each asked for alone would be a call a job; a list is refused as a whole where one of it is forgotten.
+    # One call lists all jobs: squeue refuses a list of ids as a whole if it has forgotten one of them.
     queued = _try("squeue", "--noheader", "--states=all", "--array", "--format=%i|%T|%r")
     ended = _try(
         *("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(sorted(wanted))}"),
         "--format=JobID,State",
     )
-    for line in [*ended.splitlines(), *queued.splitlines()]:  # the queue's word is the newer one
+    for line in [*ended.splitlines(), *queued.splitlines()]:  # squeue last: its state is the newer one
         job_id, state, reason = (*line.split("|"), "")[:3]
         if job_id in wanted or job_id.partition("_")[0] in wanted:
             found[job_id] = JobState(job_id=job_id, state=state.split()[0], reason=reason.replace("None", ""))
@@ -67,12 +70,12 @@ def job_states(job_ids: Iterable[str]) -> dict[str, JobState]:
 def _try(*command: str) -> str:
     try:
         return call(*command)
-    except InputError:  # the command is not there, or keeps no accounts
+    except InputError:  # the command is not installed, or the cluster keeps no accounts
         return ""
 
 
 def partition_limits(name: str | None) -> Mapping[str, str]:
-    """What scontrol says of a partition, the default one where none is named. InputError where there is no such."""
+    """Return scontrol's settings of a partition, by default the default one. Raise InputError if there is none."""
     for line in call("scontrol", "--oneliner", "show", "partition", *([name] if name else [])).splitlines():
         limits = dict(re.findall(r"(\S+?)=(\S*)", line))
         if name or limits.get("Default") == "YES":
@@ -82,7 +85,7 @@ def partition_limits(name: str | None) -> Mapping[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """One node of a partition; memory in MiB."""
+    """A node of a partition; memory in MiB."""
 
     name: str
     cpus: int
@@ -91,7 +94,7 @@ class Node:
 
 
 def nodes(partition: str) -> list[Node]:
-    """The nodes of a partition."""
+    """Return the nodes of a partition."""
     found = []
     for line in call("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N|%c|%m|%G").splitlines():
         name, cpus, memory, gres = line.split("|")

@@ -1,4 +1,4 @@
-"""`lctrain status`: what each run's folder and Slurm say of it."""
+"""Implement `lctrain status`: show each run's state from its folder and from Slurm."""
 
 import fcntl
 import os
@@ -20,21 +20,21 @@ from lctrain.tables import show
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run as its folder tells it; `rows` are those of its metrics.jsonl."""
+    """One run, read from its folder; `rows` are the lines of its metrics.jsonl."""
 
     folder: Path
     job_id: str | None
-    max_steps: int | None  # None of an evaluation
+    max_steps: int | None  # None for an evaluation
     reported: bool
     rows: Sequence[dict[str, float]]
-    held: bool  # by a process on this machine
+    held: bool  # a process on this machine runs in the folder
 
     @property
     def step(self) -> int:
         return int(self.rows[-1]["step"]) if self.rows else 0
 
     def state(self, jobs: dict[str, JobState]) -> str:
-        """Slurm's word where it has one for a job that is not over, else the folder's."""
+        """Return Slurm's state if the job waits or runs, else the state that the folder shows."""
         job = jobs.get(self.job_id) if self.job_id else None
         if job and job.active:
             return f"{job.state.lower()} ({job.reason})" if job.reason and job.state == "PENDING" else job.state.lower()
@@ -46,14 +46,14 @@ class Run:
 
     @property
     def seconds_left(self) -> float | None:
-        """From the median step of the last fifty; None before there are two."""
+        """Return the time left by the median of the last fifty steps; None before there are two."""
         recent = self.rows[-51:]
         seconds = [(b["tokens"] - a["tokens"]) / b["tokens_per_second"] for a, b in pairwise(recent)]
         return statistics.median(seconds) * (self.max_steps - self.step) if seconds and self.max_steps else None
 
 
 def main(cfg: DictConfig) -> None:
-    """Print a row for each run. InputError where there is none."""
+    """Print a table with a line for each run. Raise InputError if there is no run."""
     if cfg.run_dir is not None and not (RunFolder(cfg.run_dir).config.is_file()):
         raise InputError(f"run_dir={cfg.run_dir} holds no run: it has no config.yaml")
     folders = [Path(cfg.run_dir)] if cfg.run_dir is not None else list(_folders(Path(cfg.folder)))
@@ -81,7 +81,7 @@ def _row(run: Run, state: str) -> Iterator[str]:
 
 
 def _folders(root: Path) -> Iterator[Path]:
-    """Those with a run's config, in order; an array's runs instead of the folder above them."""
+    """Yield the folders that hold a run's config, in order; for an array, its runs' folders instead of its own."""
     for path, names, files in os.walk(root):
         names[:] = sorted(set(names) - {"code", "checkpoints", "exported", "wandb"})
         if "config.yaml" in files and not any((Path(path) / name / "config.yaml").exists() for name in names):
@@ -100,7 +100,7 @@ def _read(folder: Path) -> Run:
 
 
 def _job_id(folder: Path) -> str | None:
-    """Of the job that was submitted for the folder, or of the array's task whose folder it is."""
+    """Return the id of the job, or of the array's task, that was submitted for the folder."""
     if (folder / JOB_ID).exists():
         return (folder / JOB_ID).read_text().strip()
     above = folder.parent / JOB_ID
@@ -108,7 +108,7 @@ def _job_id(folder: Path) -> str | None:
 
 
 def _is_held(lock: Path) -> bool:
-    """Whether a process on this machine runs in the folder."""
+    """Return whether a process on this machine holds the folder's lock."""
     if not lock.exists():
         return False
     with lock.open() as file:

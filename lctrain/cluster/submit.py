@@ -1,4 +1,4 @@
-"""`lctrain submit`: everything that could be wrong is looked at, then a snapshot is taken and queued."""
+"""Implement `lctrain submit`: check the run, snapshot its code and config, and queue it."""
 
 import shutil
 from pathlib import Path
@@ -15,11 +15,11 @@ from lctrain.errors import InputError
 from lctrain.folder import RunFolder
 from lctrain.plan import run as plan
 
-OWN = ("slurm", "dry_run", "rows_per_step", *plan.OPTIONS)  # of submit, not of the run
+OWN = ("slurm", "dry_run", "rows_per_step", *plan.OPTIONS)  # options of submit, not of the run
 
 
 def main(cfg: DictConfig) -> None:
-    """Queue the run, or print its script. InputError before anything is written or queued."""
+    """Queue the run, or print its script. Raise InputError before anything is written or queued."""
     job: Job = instantiate(cfg.slurm, _convert_="all")
     run_dir = Path(cfg.run_dir)
     script = job_script(job, run_dir, [f"--config-dir={run_dir}", "--config-name=job"])
@@ -40,7 +40,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def _check_folder(run_dir: Path, resume: str) -> None:
-    """InputError where the folder holds a run that this one is not to go on with, or a job that is not over."""
+    """Raise InputError if the folder holds a run that `resume` does not continue, or a job that waits or runs."""
     if (run_dir / JOB_ID).exists():
         job_id = (run_dir / JOB_ID).read_text().strip()
         if active := [state for state in job_states([job_id]).values() if state.active]:
@@ -51,13 +51,13 @@ def _check_folder(run_dir: Path, resume: str) -> None:
 
 
 def _snapshot(cfg: DictConfig, run_dir: Path) -> None:
-    """The code and the config that the job runs, whatever is edited after this."""
+    """Copy the code and the config into run_dir, so that later edits do not change what the job runs."""
     code, source = run_dir / "code", Path(config.__file__).parents[1]
     shutil.rmtree(code, ignore_errors=True)
     for name in ("lctrain", "launch", "conf"):  # in a wheel conf lies in lctrain
         if (source / name).is_dir():
             shutil.copytree(source / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
-    # Interpolations stay: with slurm.array each task has a seed and a folder of its own.
+    # Interpolations are kept: with slurm.array, each task has its own seed and folder.
     composed = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in OWN])
     if "trainer" in cfg:
         composed.trainer.update(devices=cfg.trainer.devices, num_nodes=cfg.trainer.num_nodes)
@@ -65,7 +65,7 @@ def _snapshot(cfg: DictConfig, run_dir: Path) -> None:
     head = "# What the job composes, with --config-dir=<this folder> --config-name=job\n"
     defaults = "defaults:\n  - hydra: default\n  - _self_\n\n"
     (run_dir / "job.yaml").write_text(head + defaults + OmegaConf.to_yaml(composed))
-    (run_dir / "config.yaml").write_text(config.dump(composed))  # the run refuses to be another than this one
+    (run_dir / "config.yaml").write_text(config.dump(composed))  # the job refuses to start if its config differs
 
 
 def _wandb(cfg: DictConfig, job: Job) -> str:

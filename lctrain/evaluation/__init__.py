@@ -1,1 +1,1 @@
-"""Does the model use its context: perplexity by length and position, recall by length and depth."""
+"""Measurements of how well a model uses its context: perplexity by length and position, recall by length and depth."""

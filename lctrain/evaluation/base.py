@@ -1,4 +1,4 @@
-"""What an evaluation is: a task that reads a model at several context lengths and gives numbers for JSON."""
+"""The base class of evaluation tasks: a task measures a model at several context lengths and returns JSON numbers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -15,33 +15,35 @@ from lctrain.evaluation.reader import Reader
 Tokens = NDArray[np.integer[Any]]
 Result = dict[str, Any]
 Advance = Callable[[str, float], None]
-"""Called with what is being done and how many units of work it just finished."""
+"""A progress callback: takes a description of the current work and the units of work just finished."""
 Once = Callable[[tuple[int | float, ...], float, Callable[[], Any]], Any]
-"""(what tells a cell from the task's others, its units of work, how to measure it) → what was measured, now or before
-an evaluation that goes on was stopped, as JSON holds it."""
+"""(cell, its units of work, function that measures it) → the measured value, converted by JSON.
+
+The cell's numbers tell it apart from the task's other cells. A resumed evaluation returns the value measured before it
+was stopped."""
 
 
 class Texts(Protocol):
-    """A tokenized corpus, as `lctrain.data.datamodule` has it."""
+    """A tokenized corpus; `lctrain.data.datamodule` implements it."""
 
     tokenizer: PreTrainedTokenizerBase
 
     def heldout_documents(self) -> Sequence[Tokens]:
-        """What no training on the corpus has seen."""
+        """Return the documents that no training on the corpus reads."""
 
     def documents(self) -> Sequence[Tokens]:
-        """All of it."""
+        """Return all documents of the corpus."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
     """One measurement at several context lengths, in tokens.
 
-    `lengths` ascend; None stands for an eighth, a quarter, a half and the whole of `sequence_length`. `batch_tokens`
-    are read at once, in rows of one length; None stands for as many as the longest has.
+    `lengths` ascend; None means an eighth, a quarter, a half and the whole of `sequence_length`. One batch holds
+    `batch_tokens` tokens, in rows of one length; None means as many tokens as the longest length has.
     """
 
-    generates: ClassVar[bool] = False  # decodes token by token, which not every pattern can
+    generates: ClassVar[bool] = False  # True: the task decodes token by token, which not every pattern supports
 
     lengths: Sequence[int] | None
     sequence_length: int
@@ -56,32 +58,32 @@ class Task(ABC):
 
     @property
     def context_lengths(self) -> tuple[int, ...]:
-        """The lengths that are measured."""
+        """Return the lengths to measure, in tokens."""
         if self.lengths is None:
             return tuple(self.sequence_length // share for share in (8, 4, 2, 1))
         return tuple(self.lengths)
 
     @property
     def reads_heldout(self) -> bool:
-        """Whether its text is what no training on the corpus has seen."""
+        """Return whether the task reads only documents that no training on the corpus reads."""
         return True
 
     def rows(self, length: int) -> int:
-        """Rows per batch, so that every length costs about the same memory."""
+        """Return the number of rows per batch, so that every length takes about the same memory."""
         return max(1, (self.batch_tokens or self.context_lengths[-1]) // length)
 
     def num_units(self) -> float:
-        """The whole task's work in units of `advance`: tokens read."""
+        """Return the work of the whole task in units of `advance`: tokens read."""
         return sum(self.num_units_at(length) for length in self.context_lengths)
 
     @abstractmethod
     def num_units_at(self, length: int) -> float:
-        """The work at one length: tokens read."""
+        """Return the work at one length: tokens read."""
 
     @abstractmethod
     def check(self, documents: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise InputError where the documents cannot feed the task: cheap, so call it before training."""
+        """Raise InputError if the documents do not suffice for the task. Cheap, so call it before training."""
 
     @abstractmethod
     def run(self, reader: Reader, documents: Sequence[Tokens], once: Once, advance: Advance) -> Result:
-        """Measure. `by_length` of the result holds the headline number of each length; other keys are detail."""
+        """Measure and return the result: `by_length` holds the main number of each length, other keys are details."""

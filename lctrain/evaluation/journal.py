@@ -1,4 +1,4 @@
-"""What an evaluation has measured so far, so that one that was stopped goes on cell by cell."""
+"""A file of the cells that an evaluation has measured, so that a stopped evaluation resumes with the next cell."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from lctrain.errors import InputError, Stopped
 from lctrain.folder import read_history
 
 Cell = tuple[str | int | float, ...]
-"""What was measured: label, task, and what the task tells its cells apart by."""
+"""The identity of one measurement: label, task, and the numbers that tell the task's cells apart."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Journal(AbstractContextManager["Journal"]):
-    """A line of JSON per cell, on disk as soon as the cell is done; without a path nothing is kept.
+    """A file with a line of JSON per cell, written as soon as the cell is measured; without a path nothing is written.
 
-    Inside `with`, SIGTERM and SIGUSR1 let the cell be finished, then raise Stopped.
+    Inside `with`, SIGTERM and SIGUSR1 let the current cell finish, then raise Stopped.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -35,7 +35,7 @@ class Journal(AbstractContextManager["Journal"]):
         return cell in self.measured
 
     def once(self, cell: Cell, measure: Callable[[], Any]) -> Any:
-        """What `measure` gives, as JSON holds it; remembered where the cell was measured before."""
+        """Return the value of `cell`, converted by JSON: the recorded value if there is one, else that of `measure`."""
         if cell not in self.measured:
             line = json.dumps({"cell": cell, "measured": measure()})
             self._append(line)
@@ -45,7 +45,7 @@ class Journal(AbstractContextManager["Journal"]):
         return self.measured[cell]
 
     def require(self, what: str, now: Any) -> None:
-        """InputError where `what` is not as it was when the journal began: its cells would be of two things."""
+        """Raise InputError if `what` has changed since the journal began: its cells would not be comparable."""
         if self.once((what,), lambda: now) != now:
             raise InputError(f"resume=auto: {what} changed since {self.path} began; choose another run_dir")
 

@@ -1,4 +1,4 @@
-"""Needle in a haystack (Kamradt 2023, github.com/gkamradt/LLMTest_NeedleInAHaystack): one sentence, asked for."""
+"""Needle in a haystack (Kamradt 2023, github.com/gkamradt/LLMTest_NeedleInAHaystack): recall of one hidden sentence."""
 
 import re
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from lctrain.data.needle import HiddenFact
 from lctrain.errors import InputError
 from lctrain.evaluation.retrieval import Retrieval
 
-_SLACK = 4  # tokens: a quotation mark in front, the end behind, a word cut otherwise
+_SLACK = 4  # tokens, for a quotation mark before the answer, the end after it, and a word that is tokenized differently
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needle(Retrieval):
-    """Hides `needle`, asks `question` behind the haystack and begins the answer with `opening`.
+    """A task that hides `needle`, asks `question` after the haystack and begins the answer with `opening`.
 
-    Exact match: the words of the reply must begin with those of `answer`, both in lower case and without punctuation
-    and the articles a, an and the (SQuAD's normalisation, Rajpurkar et al., arXiv:1606.05250). Deviation: Kamradt has
-    another model grade the replies from 1 to 10.
+    Exact match: the words of the reply must begin with the words of `answer`, both in lower case and without
+    punctuation and the articles a, an and the (SQuAD's normalisation, Rajpurkar et al., arXiv:1606.05250). Deviation:
+    Kamradt lets another model grade the replies from 1 to 10.
     """
 
     needle: str
@@ -49,5 +49,5 @@ class Needle(Retrieval):
 
 
 def words(text: str) -> list[str]:
-    """Lower case, without punctuation and articles."""
+    """Return the words of `text` in lower case, without punctuation and articles."""
     return [word for word in re.sub(r"[^\w\s]|_", "", text.casefold()).split() if word not in ("a", "an", "the")]

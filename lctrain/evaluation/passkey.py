@@ -1,4 +1,4 @@
-"""Passkey retrieval (Mohtashami & Jaggi, arXiv:2305.16300): a number hidden in a text, asked for at its end."""
+"""Passkey retrieval (Mohtashami & Jaggi, arXiv:2305.16300): recall of a number that is hidden in other text."""
 
 import re
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from lctrain.evaluation.retrieval import Retrieval
 
 @dataclass(frozen=True, kw_only=True)
 class Passkey(Retrieval):
-    """Every trial hides a key of `num_digits` digits of its own; the reply must open with it and no other digit."""
+    """A task in which each trial hides a key of `num_digits` random digits; the reply must open with that number."""
 
     num_digits: int
 
@@ -30,11 +30,11 @@ class Passkey(Retrieval):
         return first_number(reply) == answer
 
     def num_answer_tokens(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """A token per digit, a space in front and whatever ends the number."""
+        """Return a token per digit, one for a space before the number and one for what ends it."""
         return self.num_digits + 2
 
 
 def first_number(reply: str) -> str | None:
-    """The number a reply opens with."""
+    """Return the number that a reply opens with, or None."""
     match = re.match(r"\s*(\d+)", reply)
     return match and match[1]

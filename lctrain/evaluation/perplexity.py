@@ -20,13 +20,14 @@ Sums = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity(Task):
-    """exp(mean negative log-likelihood per token) of the same text at every length.
+    """A task that measures perplexity, exp(mean negative log-likelihood per token), of the same text at every length.
 
-    The text is `num_tokens` of the documents that outlast the longest length, in whole spans of that length (at least
-    one), taken in turns so that no single document dominates. Each of its tokens is predicted exactly once at every
-    length: windows of one length advance by `stride` tokens (None: by themselves, so they do not overlap) and score
-    only what the window before did not. A smaller stride gives each token more context and costs length / stride as
-    much. Inside the longest window, `num_buckets` equal ranges of positions are reported on their own.
+    The text is `num_tokens` tokens of the documents that are longer than the longest length, in whole spans of that
+    length (at least one), taken from the documents in turns so that no single document dominates. Each token of the
+    text is predicted exactly once at every length: windows of one length advance by `stride` tokens (None: by their
+    length, so they do not overlap) and score only the tokens that the previous window did not. A smaller stride gives
+    each token more context and costs length / stride times as much. Inside the longest window, `num_buckets` equal
+    ranges of positions are reported separately.
     """
 
     num_tokens: int
@@ -56,7 +57,7 @@ class Perplexity(Task):
             )
 
     def texts(self, documents: Sequence[Tokens]) -> list[Tokens]:
-        """What is scored: the starts of long documents, a multiple of the longest length each, and the token behind."""
+        """Return the starts of long documents: each a multiple of the longest length, and one token more."""
         longest = self.context_lengths[-1]
         spans = sorted((i, doc) for doc, ids in enumerate(documents) for i in range((len(ids) - 1) // longest))
         num_spans = Counter(doc for _, doc in spans[: max(1, self.num_tokens // longest)])
@@ -88,7 +89,10 @@ class Perplexity(Task):
         }
 
     def score(self, reader: Reader, texts: Sequence[Tokens], length: int, advance: Advance) -> Result:
-        """Negative log-likelihood of the scored tokens, their number, and both by position where there is a bucket."""
+        """Return the summed negative log-likelihood, the number of scored tokens, and both by position.
+
+        `by_position` is None except at the longest length.
+        """
         jobs = [(text, *window) for text in texts for window in windows(len(text) - 1, length, self.stride or length)]
         sums, counts = np.zeros(length), np.zeros(length)
         for i in range(0, len(jobs), self.rows(length)):
@@ -103,7 +107,7 @@ class Perplexity(Task):
         return {"nll": sums.sum(), "num_tokens": counts.sum(), "by_position": by_position}
 
     def by_position(self, sums: Sums, counts: Sums) -> Result:
-        """Perplexity of each range [start, end) of positions; a token at position p is predicted from p + 1 tokens."""
+        """Return the perplexity of each range [start, end) of positions; position p predicts from p + 1 tokens."""
         edges = np.linspace(0, len(sums), self.num_buckets + 1).astype(int)
         num_tokens = np.add.reduceat(counts, edges[:-1])
         return {
@@ -115,6 +119,6 @@ class Perplexity(Task):
 
 
 def windows(num_tokens: int, length: int, stride: int) -> list[tuple[int, int]]:
-    """(start, first position scored) of each window; the last one ends with the text, so it may advance by less."""
+    """Return (start, first position scored) of each window; the last ends with the text, so it may advance by less."""
     ends = [*range(length, num_tokens, stride), num_tokens]
     return [(end - length, length - (end - before)) for before, end in zip([0, *ends], ends, strict=False)]

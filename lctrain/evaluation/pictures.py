@@ -1,4 +1,4 @@
-"""The evaluation as pictures: perplexity by length and position, recall by depth and length, loss over the steps."""
+"""Pictures of an evaluation: perplexity by length and position, recall by depth and length, loss over the steps."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,12 +16,12 @@ from lctrain.evaluation.base import Result
 from lctrain.evaluation.style import COLOURS, STYLE, tokens
 
 Results = Mapping[str, Mapping[str, Result]]
-"""Label (before, after) → task → result, as `evaluate` gives it."""
+"""Label (before, after) → task → result, as `evaluate` returns it."""
 Row = Mapping[str, Any]
 
 
 def draw(folder: Path, results: Results, history: Sequence[Row] = ()) -> list[Path]:
-    """Write a PNG of everything there is data for."""
+    """Write a PNG for each picture that has data, and return the files."""
     with rc_context(STYLE):
         figures = dict(_figures(results, history))
         for name, figure in figures.items():
@@ -30,7 +30,7 @@ def draw(folder: Path, results: Results, history: Sequence[Row] = ()) -> list[Pa
 
 
 def _figures(results: Results, history: Sequence[Row]) -> Iterator[tuple[str, Figure]]:
-    """Each with the name of its file."""
+    """Yield each figure with the name of its file."""
     for task in dict.fromkeys(task for done in results.values() for task in done):
         of = {label: done[task] for label, done in results.items() if task in done}
         if any("by_position" in result for result in of.values()):
@@ -44,12 +44,12 @@ def _figures(results: Results, history: Sequence[Row]) -> Iterator[tuple[str, Fi
 
 
 def file_name(label: str) -> str:
-    """The label without what shells and links stumble over."""
+    """Return the label with every character that is special in shells and links replaced."""
     return re.sub(r"\W+", "_", label).strip("_")
 
 
 def perplexity_by_length(results: Mapping[str, Result]) -> Figure:
-    """One line per label, both axes logarithmic, each point with its number where two lines at most leave room."""
+    """Draw one line per label on logarithmic axes; with at most two lines, each point shows its number."""
     figure = Figure(figsize=(7, 4.4))
     axes = figure.subplots()
     lengths: list[int] = []
@@ -72,7 +72,7 @@ def perplexity_by_length(results: Mapping[str, Result]) -> Figure:
 
 
 def perplexity_by_position(results: Mapping[str, Result]) -> Figure:
-    """Steps over the position inside the longest window: where a model stops to follow."""
+    """Draw perplexity over the position inside the longest window, which shows up to where a model predicts well."""
     figure = Figure(figsize=(7, 4.4))
     axes = figure.subplots()
     end = 0
@@ -90,7 +90,7 @@ def perplexity_by_position(results: Mapping[str, Result]) -> Figure:
 
 
 def training(history: Sequence[Row]) -> Figure:
-    """Loss above, sequence length below, over optimizer steps. Rows without a value are left out."""
+    """Draw loss (above) and sequence length (below) over optimizer steps; rows without a value are left out."""
     figure = Figure(figsize=(7, 5))
     top, bottom = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     steps, losses = column(history, "loss")
@@ -107,19 +107,19 @@ def training(history: Sequence[Row]) -> Figure:
 
 
 def column(history: Iterable[Row], name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one quantity."""
+    """Return the steps and the values of one quantity."""
     rows = [(float(row["step"]), float(row[name])) for row in history if row.get(name) not in (None, "")]
     return [step for step, _ in rows], [value for _, value in rows]
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Running mean over about a twentieth of the run, of fewer values at the ends."""
+    """Return the running mean over about a twentieth of the run, over fewer values at the ends."""
     half = max(1, len(values) // 40)
     return [float(np.mean(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]
 
 
 def perplexity_axis(axes: Axes) -> None:
-    """Logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
+    """Make the axis logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
     axes.set_yscale("log", subs=[])
     axes.set_ylabel("perplexity (log scale)")
     low, high = axes.get_ylim()
@@ -133,7 +133,7 @@ def perplexity_axis(axes: Axes) -> None:
 
 
 def token_ticks(axes: Axes, ticks: Sequence[int], *, logarithmic: bool = False) -> None:
-    """Ticks at these numbers of tokens."""
+    """Set the ticks of the x axis to these numbers of tokens."""
     if logarithmic:
         axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [tokens(tick) for tick in ticks])

@@ -1,4 +1,4 @@
-"""A model as it is measured. Shapes: B rows, L tokens, D hidden."""
+"""The model under evaluation and the cache through which it reads. Shapes: B rows, L tokens, D hidden."""
 
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -16,9 +16,9 @@ from lctrain.model.head import hidden_states, token_losses
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """A model with its tokenizer, and how it reads: under which cache policy, how many tokens at once (None: all).
+    """A model with its tokenizer, its cache policy, and how many tokens it reads at once (None: all).
 
-    Whatever is measured goes through the cache that generation would have: the pattern that is claimed is evaluated.
+    Every measurement goes through the cache that generation uses, so that the same pattern is measured and served.
     """
 
     model: PreTrainedModel
@@ -27,7 +27,7 @@ class Reader:
     prefill_chunk_size: int | None = None
 
     def complete(self, prompts_BL: NDArray[np.int64], num_tokens: int) -> list[str]:
-        """What greedy decoding writes behind each prompt, at most `num_tokens` tokens."""
+        """Return the text that greedy decoding writes after each prompt, at most `num_tokens` tokens."""
         input_ids = torch.from_numpy(prompts_BL).to(self.model.device)
         mask, cache = torch.ones_like(input_ids), self.cache.new(self.model)
         prefill(self.model, input_ids, mask, cache, self.prefill_chunk_size)
@@ -40,10 +40,10 @@ class Reader:
         return self.tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
 
     def losses(self, ids: NDArray[np.int64]) -> Tensor:
-        """Negative log-likelihood in fp32 [B, L] of each token of `ids` [B, L + 1] but the first."""
+        """Return the negative log-likelihood in fp32 [B, L] of each token of `ids` [B, L + 1] but the first."""
         rows = torch.from_numpy(ids).to(self.model.device)
         inputs_BL, labels_BL = rows[:, :-1], rows[:, 1:]
-        # Full attention over the whole row needs no cache, which would double what the row takes.
+        # Full attention over the whole row needs no cache; a cache would double the row's memory.
         plain = self.prefill_chunk_size is None and isinstance(self.cache, FullCache)
         cache = None if plain else self.cache.new(self.model)
         losses = []

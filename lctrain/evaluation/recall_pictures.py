@@ -1,4 +1,4 @@
-"""Recall as pictures: a heatmap of depth over length, and a curve over depth."""
+"""Pictures of recall: a heatmap of depth over length, and a curve over depth."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,12 +10,12 @@ from matplotlib.ticker import PercentFormatter
 from lctrain.evaluation.base import Result
 from lctrain.evaluation.style import COLOURS, tokens
 
-CELL = (0.62, 0.36)  # inches; a number fits
-MOST = (11.0, 7.0)  # inches of all cells
+CELL = (0.62, 0.36)  # inches of one cell: large enough for a number
+MOST = (11.0, 7.0)  # inches of all cells together, at most
 
 
 def heatmap(task: str, label: str, result: Result) -> Figure:
-    """Depth over length, from 0 to 100 %, each cell with its number where that fits."""
+    """Draw recall, from 0 to 100 %, by depth and length; each cell shows its number where it fits."""
     grid: Mapping[str, Mapping[str, float]] = result["by_depth"]
     lengths, depths = list(grid), list(next(iter(grid.values())))
     shares = np.array([list(row.values()) for row in grid.values()]).T
@@ -41,12 +41,12 @@ def heatmap(task: str, label: str, result: Result) -> Figure:
 
 
 def trials(result: Result) -> int:
-    """How often each cell was tried."""
+    """Return the number of trials per cell."""
     return int(result["num_trials"]) // len(next(iter(result["by_depth"].values())))
 
 
 def by_depth(task: str, results: Mapping[str, Result]) -> Figure:
-    """Recall over depth: of one label a line per length (of ten at most), of several a line each over all lengths."""
+    """Draw recall over depth: for one label a line per length (at most ten), else a line per label over all lengths."""
     figure = Figure(figsize=(7, 4.2))
     axes = figure.subplots()
     grids = {label: result["by_depth"] for label, result in results.items()}
@@ -69,6 +69,6 @@ def by_depth(task: str, results: Mapping[str, Result]) -> Figure:
 
 
 def mean(grid: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Over the lengths, depth by depth."""
+    """Return the mean over the lengths at each depth."""
     rows: Sequence[Mapping[str, float]] = list(grid.values())
     return {depth: float(np.mean([row[depth] for row in rows])) for depth in rows[0]}

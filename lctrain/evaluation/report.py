@@ -1,4 +1,4 @@
-"""What a run proved, for people and programs: report.json, pictures, one table on the console, the same in W&B."""
+"""The report of a run: report.json, pictures, a table on the console, and the same in W&B."""
 
 import json
 import platform
@@ -29,8 +29,8 @@ def write_report(
 ) -> dict[str, Any]:
     """Write report.json and the pictures into `folder` and return the report.
 
-    `results` maps a label (before, after) to what `evaluate` gave; the report holds task → label → length → value, and
-    everything else measured under `details`. `history` has a row per logged step: step, loss, sequence_length.
+    `results` maps a label (before, after) to the results of `evaluate`; the report holds task → label → length → value,
+    and under `details` everything that was measured. `history` has a row per logged step: step, loss, sequence_length.
     """
     folder.mkdir(parents=True, exist_ok=True)
     report = {
@@ -47,12 +47,12 @@ def write_report(
 
 
 def task_names(results: Results) -> list[str]:
-    """Every task that ran, in order."""
+    """Return the name of every task that ran, in order."""
     return list(dict.fromkeys(task for done in results.values() for task in done))
 
 
 def rows(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of the table: a row per length, a column per task and label."""
+    """Return the table's headings and cells: a row per length, a column per task and label."""
     columns = [
         (f"{task} {label}", "{:.0%}" if "by_depth" in done[task] else "{:,.2f}", done[task]["by_length"])
         for task in task_names(results)
@@ -67,7 +67,7 @@ def rows(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def table(results: Results) -> Table:
-    """Everything by length, labels side by side, for a rich console."""
+    """Return a table for a rich console: a row per length, labels side by side."""
     headings, cells = rows(results)
     shown = Table(title="Before and after" if len(results) > 1 else None, title_style="bold", title_justify="left")
     for heading in headings:
@@ -79,8 +79,8 @@ def table(results: Results) -> Table:
 
 
 def log_media(run: "wandb.Run", folder: Path, results: Results) -> None:
-    """Put the table, and the pictures that `write_report` left in `folder`, into a W&B run."""
-    import wandb  # only where W&B is the logger
+    """Log the table, and the pictures that `write_report` wrote into `folder`, to a W&B run."""
+    import wandb  # needed only if W&B is the logger
 
     headings, cells = rows(results)
     images = {f"evaluation/{path.stem}": wandb.Image(str(path)) for path in sorted(folder.glob("*.png"))}
@@ -91,7 +91,7 @@ def log_media(run: "wandb.Run", folder: Path, results: Results) -> None:
 
 
 def recall_cells(results: Results) -> list[list[Any]]:
-    """Label, task, length, depth and share of every cell of recall."""
+    """Return label, task, length, depth and share of every cell of recall."""
     return [
         [label, task, int(length), float(depth), share]
         for label, done in results.items()
@@ -102,11 +102,11 @@ def recall_cells(results: Results) -> list[list[Any]]:
 
 
 def versions() -> dict[str, str]:
-    """Python and the installed packages that decide numbers."""
+    """Return the versions of Python and of the installed packages that influence the numbers."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
-        except PackageNotFoundError:  # an extra that is not installed, or a checkout that is not either
+        except PackageNotFoundError:  # an extra, or lctrain itself, is not installed
             continue
     return found

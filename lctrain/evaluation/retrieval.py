@@ -1,4 +1,4 @@
-"""Recall of a fact hidden in other text, by length of the context and depth of the fact in it."""
+"""The base class of recall tasks: recall of a fact hidden in other text, by context length and depth of the fact."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ from lctrain.evaluation.reader import Reader
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval(Task):
-    """Share of facts that greedy decoding recalls, by length and depth.
+    """A task that measures the share of facts that greedy decoding recalls, by length and depth.
 
-    `depths` are the needle's places in the haystack, 0 its start and 1 its end. A length counts prompt and answer, so
+    `depths` are the needle's places in the haystack: 0 is the start, 1 the end. A length counts prompt and answer, so
     a model never reads past it. Each (length, depth) has `num_trials` facts in random stretches of the held-out
-    documents (`heldout`) or of all of the corpus; a trial depends on `seed` and its own cell alone, so adding cells
-    changes no other. `chat_template` names one of the tokenizer's (default, if it has a single one); None asks for the
-    text to be continued.
+    documents (`heldout`) or of the whole corpus; a trial depends only on `seed` and its own cell, so adding cells
+    changes no other. `chat_template` names one of the tokenizer's templates (default, if there is only one); with None
+    the model continues the text.
     """
 
     generates: ClassVar[bool] = True
@@ -38,7 +38,7 @@ class Retrieval(Task):
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Return the task's name in messages."""
         return type(self).__name__.lower()
 
     def __post_init__(self) -> None:
@@ -51,15 +51,15 @@ class Retrieval(Task):
 
     @abstractmethod
     def draw(self, rng: np.random.Generator) -> HiddenFact:
-        """The fact of one trial."""
+        """Return a random fact for one trial."""
 
     @abstractmethod
     def is_recalled(self, reply: str, answer: str) -> bool:
-        """Whether a reply is right."""
+        """Return whether a reply is right."""
 
     @abstractmethod
     def num_answer_tokens(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """Room for the answer, which the length counts."""
+        """Return the number of tokens reserved for the answer, which the length includes."""
 
     @property
     def reads_heldout(self) -> bool:
@@ -78,7 +78,7 @@ class Retrieval(Task):
             raise InputError(f"{self.name} at length {shortest}: {error}") from error
 
     def check_haystack(self, available: int) -> None:
-        """Refuse fewer tokens than the longest prompt."""
+        """Raise InputError if the corpus has fewer tokens than the longest length."""
         longest = self.context_lengths[-1]
         if available < longest:
             text = "held-out text" if self.heldout else "text"
@@ -91,7 +91,9 @@ class Retrieval(Task):
     @torch.inference_mode()
     def run(self, reader: Reader, documents: Sequence[Tokens], once: Once, advance: Advance) -> Result:
         haystack = np.concatenate([*documents])
-        haystack = haystack[~np.isin(haystack, reader.tokenizer.all_special_ids)]  # an end would close the context
+        haystack = haystack[
+            ~np.isin(haystack, reader.tokenizer.all_special_ids)
+        ]  # an end-of-text token would close the context
         haystack = haystack.astype(np.int32)
         self.check_haystack(len(haystack))
 
@@ -113,7 +115,7 @@ class Retrieval(Task):
         }
 
     def cell(self, reader: Reader, haystack: NDArray[np.int32], length: int, depth: float, advance: Advance) -> int:
-        """How many of the trials at one length and depth are recalled."""
+        """Return how many of the trials at one length and depth are recalled."""
         trials = [self.trial(reader.tokenizer, haystack, length, depth, i) for i in range(self.num_trials)]
         num_recalled = 0
         for i in range(0, len(trials), self.rows(length)):
@@ -126,7 +128,7 @@ class Retrieval(Task):
     def trial(
         self, tokenizer: PreTrainedTokenizerBase, haystack: NDArray[np.int32], length: int, depth: float, index: int
     ) -> tuple[NDArray[np.int64], str]:
-        """One prompt and the answer to it."""
+        """Return one prompt and its answer."""
         rng = np.random.default_rng([self.seed, length, round(depth * 10**6), index])
         start = rng.integers(len(haystack) - length + 1)
         fact = self.draw(rng)
@@ -140,13 +142,13 @@ class Retrieval(Task):
         length: int,
         depth: float,
     ) -> NDArray[np.int64]:
-        """Short of the length by the answer's room."""
+        """Return a prompt that leaves room for the answer within `length`."""
         num_tokens = length - self.num_answer_tokens(tokenizer)
         return fact.prompt(tokenizer, haystack, num_tokens=num_tokens, depth=depth, chat_template=self.chat_template)
 
 
 def wilson_interval(num_hits: int, num_trials: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927); honest for few trials and at 0 and 1, where the normal one is not."""
+    """Return the 95 % interval of a share (Wilson 1927), valid for few trials and at 0 and 1, unlike the normal one."""
     share, spread = num_hits / num_trials, z * z / num_trials
     centre = (share + spread / 2) / (1 + spread)
     half = z * sqrt(share * (1 - share) / num_trials + spread / (4 * num_trials)) / (1 + spread)

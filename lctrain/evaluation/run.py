@@ -1,4 +1,4 @@
-"""Run the configured tasks on one model behind one progress bar, or on several to compare them."""
+"""Run the configured tasks on one model, or on several to compare them, with one progress bar per model."""
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
@@ -30,11 +30,11 @@ from lctrain.model.tuning import Frozen
 from lctrain.rope.none import NoScaling
 from lctrain.tables import show
 
-ELSEWHERE = ("run_dir", "resume", "logger")  # settings that say nothing of what is measured
+ELSEWHERE = ("run_dir", "resume", "logger")  # settings that do not influence what is measured
 
 
 class Training(Protocol):
-    """What a report tells of the training before it."""
+    """The facts about a training that the report includes."""
 
     @property
     def steps(self) -> int: ...
@@ -47,7 +47,7 @@ class Training(Protocol):
 
 
 def main(cfg: DictConfig) -> None:
-    """`lctrain evaluate`. Raises InputError before anything is written."""
+    """Run `lctrain evaluate`. Raise InputError before anything is written."""
     folder = RunFolder(cfg.run_dir)
     begin(cfg, folder)
     recipe = instantiate(cfg.model, _convert_="all")
@@ -59,7 +59,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def begin(cfg: DictConfig, folder: RunFolder) -> None:
-    """Raise InputError where run_dir holds something that this evaluation does not go on with."""
+    """Raise InputError if run_dir holds a run that this evaluation can't or may not resume."""
     if cfg.resume not in ("never", "auto"):
         raise InputError(f"resume={cfg.resume} is neither never nor auto: an evaluation goes on in its own run_dir")
     if cfg.resume == "never" and any((folder.path / name).exists() for name in TRACES):
@@ -70,14 +70,14 @@ def begin(cfg: DictConfig, folder: RunFolder) -> None:
 
 
 def journal(cfg: DictConfig, folder: RunFolder) -> Journal:
-    """Hold the folder and write the settings down; what was measured in it before is remembered."""
+    """Lock the folder, write the settings into it, and return the journal of the cells measured there before."""
     folder.acquire()
     write_aside(folder.config, dump(cfg))
     return Journal(folder.path / "cells.jsonl")
 
 
 def check(cfg: DictConfig, config: PreTrainedConfig, data: Texts) -> None:
-    """Raise InputError if the evaluation that `cfg` asks for can't be done on this data: cheap."""
+    """Raise InputError if the evaluation that `cfg` asks for can't be done on this data. Cheap."""
     tasks: dict[str, Task] = instantiate(cfg.evaluation, _convert_="all")
     method: Attention = instantiate(cfg.evaluation_attention, _convert_="all")
     cache = _cache(cfg)
@@ -92,7 +92,7 @@ def check(cfg: DictConfig, config: PreTrainedConfig, data: Texts) -> None:
 
 
 def check_cache(cache: CachePolicy, method: Attention, config: PreTrainedConfig, task: Task) -> None:
-    """Raise InputError where the cache does not fit the model, the task's longest row, or what attends."""
+    """Raise InputError if the cache does not fit the model, the task's longest row, or the attention method."""
     cache.check(config.get_text_config(), task.context_lengths[-1])
     if not cache.keeps_all and not isinstance(method, FullAttention):
         raise InputError(
@@ -101,7 +101,7 @@ def check_cache(cache: CachePolicy, method: Attention, config: PreTrainedConfig,
 
 
 def report_training(cfg: DictConfig, folders: Mapping[str, str], training: Training) -> None:
-    """Measure the models in `folders`, label → path, as plain transformers loads them, for the run's report."""
+    """Measure the models in `folders` (label → path), loaded as plain transformers does, and write the run's report."""
     told = {"steps": training.steps, "tokens_per_second": training.tokens_per_second, "history": training.history}
     recipes = {label: plain(cfg, path) for label, path in folders.items()}
     report(cfg, recipes, training.loggers, Journal(), **told)
@@ -110,7 +110,7 @@ def report_training(cfg: DictConfig, folders: Mapping[str, str], training: Train
 def report(
     cfg: DictConfig, recipes: Mapping[str, ModelRecipe], loggers: Sequence[Logger], cells: Journal, **told: Any
 ) -> None:
-    """Measure each model on the config's data, alike; write, show and log what came out."""
+    """Measure each model in the same way on the config's data; write, print and log the results."""
     tasks = instantiate(cfg.evaluation, _convert_="all")
     results = {}
     for label, recipe in recipes.items():
@@ -131,30 +131,30 @@ def report(
 
 
 def device() -> str:
-    """Where models are measured."""
+    """Return the device on which models are measured."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def texts(cfg: DictConfig, recipe: ModelRecipe) -> Texts:
-    """The config's corpus, as the model's tokenizer reads it."""
+    """Return the config's corpus, tokenized by the model's tokenizer."""
     data: Texts = instantiate(cfg.datamodule, tokenizer=recipe.tokenizer, _convert_="all")
     return data
 
 
 def stamp(recipe: ModelRecipe) -> list[list[Any]]:
-    """Name, size and time of each file of weights in a model's folder; a hub's are known by their revision."""
+    """Return name, size and time of each weights file in a model's folder; a hub model, known by revision, has none."""
     files = sorted(Path(getattr(recipe, "path", "")).glob("*.safetensors"))
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _cache(cfg: DictConfig) -> CachePolicy:
-    """Behind a training, that of plain transformers."""
+    """Return the configured cache policy; after a training none is configured, and it is the full cache."""
     policy: CachePolicy = instantiate(cfg.cache, _convert_="all") if "cache" in cfg else FullCache()
     return policy
 
 
 def plain(cfg: DictConfig, path: str) -> PretrainedModel:
-    """The model as plain transformers loads it, under the pattern that is to be evaluated."""
+    """Return the model as plain transformers loads it, under the pattern to evaluate."""
     return PretrainedModel(
         path=path,
         revision=cfg.model.get("revision", "main"),
@@ -173,7 +173,7 @@ def plain(cfg: DictConfig, path: str) -> PretrainedModel:
 
 
 def documents(task: Task, data: Texts) -> Sequence[Tokens]:
-    """What a task reads."""
+    """Return the documents that a task reads."""
     return data.heldout_documents() if task.reads_heldout else data.documents()
 
 
@@ -186,9 +186,9 @@ def evaluate(
     label: str = "evaluate",
     progress: bool = True,
 ) -> dict[str, Result]:
-    """Each task's result under its name in `tasks`; cells that the journal has under `label` are not measured again.
+    """Return each task's result under its name in `tasks`; cells in the journal under `label` are not measured again.
 
-    `label` opens the bar, which counts what is left. Every task is checked before any runs.
+    The progress bar begins with `label` and counts the remaining work. Every task is checked before any runs.
     """
     for task in tasks.values():
         task.check(documents(task, data), reader.tokenizer)

@@ -1,4 +1,4 @@
-"""How every picture looks, and how it counts tokens."""
+"""The style of all pictures, and the format of token counts."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ STYLE: dict[Any, Any] = {
 
 
 def tokens(number: int) -> str:
-    """512, 1.5k, 128k, 1M: in units of 1024."""
+    """Return a count of tokens as text in units of 1024: 512, 1.5k, 128k, 1M."""
     if number < 1024:
         return str(number)
     return f"{number / 1024:.4g}k" if number < 1024**2 else f"{number / 1024**2:.4g}M"

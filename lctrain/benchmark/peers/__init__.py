@@ -1,1 +1,1 @@
-"""What others would run: programs of their own, each started in a process of its own with its settings as JSON."""
+"""Peers to compare with: programs without lctrain's training code, each in its own process with settings as JSON."""

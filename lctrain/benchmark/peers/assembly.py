@@ -1,4 +1,4 @@
-"""Installed parts put together plainly: transformers, PEFT, Liger, checkpointing, flash-attn-4, FlexAttention on it."""
+"""A peer of installed parts: transformers, PEFT, Liger, checkpointing, flash-attn-4, and FlexAttention on top of it."""
 
 from functools import lru_cache
 from typing import Any
@@ -26,7 +26,7 @@ _flex = torch.compile(flex_attention, dynamic=False)
 
 
 def full(module: Any, q: Any, k: Any, v: Any, mask: Any, **_: Any) -> tuple[Any, None]:
-    """Causal attention over the row."""
+    """Return causal attention over the row."""
     return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True)[0], None
 
 
@@ -42,14 +42,14 @@ def _s2_mask(heads: int, length: int) -> Any:
 
 
 def shifted_sparse(module: Any, q: Any, k: Any, v: Any, mask: Any, **_: Any) -> tuple[Any, None]:
-    """S2 as a mask."""
+    """Return S2's attention, computed with a mask."""
     block_mask = _s2_mask(q.shape[1], q.shape[2])
     out = _flex(q, k, v, block_mask=block_mask, enable_gqa=True, kernel_options={"BACKEND": "FLASH"})
     return out.transpose(1, 2), None
 
 
 def train(given: Settings, model: Any, optimizer: Any, length: int) -> list[float]:
-    """Seconds of the timed steps, behind one at the same length, for which masks are compiled."""
+    """Return the seconds of the timed steps, after an untimed one at the same length that compiles masks."""
     rows = iter(tokens(given, length, given.num_steps + 1).cuda())
 
     def step() -> None:
@@ -66,7 +66,7 @@ def train(given: Settings, model: Any, optimizer: Any, length: int) -> list[floa
 
 
 def main() -> None:
-    """Answers for its length."""
+    """Measure the given length and print the answer."""
     given = settings()
     AttentionInterface.register("assembly", full if given.attention == "full" else shifted_sparse)
     AttentionMaskInterface.register("assembly", lambda *_, **__: None)

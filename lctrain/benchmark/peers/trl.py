@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer: LoRA, gradient checkpointing, its chunked loss, SDPA; S2 as LongLoRA publishes it.
+"""A peer with TRL's SFTTrainer: LoRA, gradient checkpointing, its chunked loss, SDPA; S2 as LongLoRA publishes it.
 
 Activations are offloaded past `OFFLOAD_FROM` tokens, and always with S2, whose keys and values are repeated.
 """
@@ -33,7 +33,10 @@ OFFLOAD_FROM = 100_000  # tokens
 def published_s2(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """Groups of a quarter row as rows of a batch, half of the heads rolled by half a group; keys repeated."""
+    """Return S2's attention with groups of a quarter row as rows of a batch, half of the heads rolled by half a group.
+
+    Keys and values are repeated for each query head.
+    """
     repeats, group = q.shape[1] // k.shape[1], q.shape[2] // 4
 
     def roll(x: Tensor, by: int) -> Tensor:
@@ -74,7 +77,7 @@ class _Clock(TrainerCallback):
 
 
 def train(given: Settings, model: Any, length: int, num_rows: int) -> list[float]:
-    """Seconds of each step."""
+    """Return the seconds of each step."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>")),
         pad_token="<pad>",
@@ -108,7 +111,7 @@ def train(given: Settings, model: Any, length: int, num_rows: int) -> list[float
 
 
 def main() -> None:
-    """Answers for its length."""
+    """Measure the given length and print the answer."""
     AttentionInterface.register("published_s2", published_s2)
     AttentionMaskInterface.register("published_s2", lambda *_, **__: None)
     given = settings()

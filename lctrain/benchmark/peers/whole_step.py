@@ -1,4 +1,4 @@
-"""What every peer has in common: the model, LoRA's settings, the clock, and how it answers."""
+"""The parts that all peers share: the model, LoRA's settings, the clock, and the format of the answer."""
 
 import json
 import sys
@@ -13,27 +13,27 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lctrain.benchmark.points import DOES_NOT_FIT
 
-WARM_UP_LENGTH = 8192  # tokens of the step before
+WARM_UP_LENGTH = 8192  # tokens of the untimed step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the peer is asked to run."""
+    """The settings of one measurement of a peer."""
 
     architecture: dict[str, Any]  # a transformers config, model_type included
     attention: str  # full or shifted_sparse
     length: int
-    num_steps: int  # timed at most, behind one that is not
-    seconds: float  # once they have taken so many, three are enough
+    num_steps: int  # timed steps at most, after an untimed one
+    seconds: float  # after so many seconds, three timed steps are enough
 
 
 def settings() -> Settings:
-    """Read from the command line."""
+    """Return the settings from the command line."""
     return Settings(**json.loads(sys.argv[1]))
 
 
 def random_model(given: Settings, attn_implementation: str) -> PreTrainedModel:
-    """The shape in bf16 on the card."""
+    """Build a model of the given shape with random weights in bf16 on the card."""
     config = AutoConfig.for_model(**given.architecture, use_cache=False)
     with torch.device("cuda"):
         return AutoModelForCausalLM.from_config(  # type: ignore[no-any-return]
@@ -42,18 +42,18 @@ def random_model(given: Settings, attn_implementation: str) -> PreTrainedModel:
 
 
 def adapters() -> LoraConfig:
-    """LoRA as conf/tuning/lora.yaml has it."""
+    """Return LoRA's settings as in conf/tuning/lora.yaml."""
     return LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
 
 
 def tokens(given: Settings, length: int, num_rows: int) -> torch.Tensor:
-    """Random ids [rows, length]."""
+    """Return random token ids [rows, length]."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(3, given.architecture["vocab_size"], (num_rows, length), generator=generator)
 
 
 def timed(step: Callable[[], None]) -> float:
-    """Seconds of a step, the device's work included."""
+    """Return the seconds of a step, the device's work included."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     step()
@@ -62,12 +62,12 @@ def timed(step: Callable[[], None]) -> float:
 
 
 def is_enough(times: Sequence[float], seconds: float) -> bool:
-    """Whether timed steps have taken `seconds`, and are three at least."""
+    """Return whether there are at least three timed steps and they have taken `seconds`."""
     return len(times) >= 3 and sum(times) >= seconds
 
 
 def answer(length: int, run: Callable[[], list[float]]) -> None:
-    """One line of JSON: the seconds that `run` gives and the memory it takes, or that it found none."""
+    """Print one line of JSON: the seconds that `run` returns and its peak memory, or that it ran out of memory."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
