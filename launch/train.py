@@ -20,10 +20,10 @@ from omegaconf import DictConfig
 
 
 def run(cfg: DictConfig) -> None:
-    from lctrain.parallel.farewell import farewell
+    from lctrain.parallel.cleanup import cleanup
     from lctrain.training.run import train
 
-    with farewell():
+    with cleanup():
         trained = train(cfg)
     if cfg.evaluation and trained.is_global_zero:
         from lctrain.evaluation.run import report_training

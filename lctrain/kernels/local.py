@@ -16,9 +16,9 @@ from torch import Tensor
 from lctrain.kernels.base import HALF, Demand
 from lctrain.kernels.few_queries import FEW
 from lctrain.kernels.flex import FlexKernel
+from lctrain.kernels.joined_calls import joined_calls
 from lctrain.kernels.mask import Local, Mask
 from lctrain.kernels.sinks import Sinks, find_sinks, fits, with_sinks
-from lctrain.kernels.together import together
 
 
 class Alike(NamedTuple):
@@ -84,7 +84,7 @@ class LocalKernel(FlexKernel):
             split = (x.transpose(1, 2).split(n, 2) for x, n in zip(qkv, (heads, kv_heads, kv_heads), strict=True))
             return [self._attend(part, scaling, *own) for part, *own in zip(prepared, *split, strict=True)]
 
-        return together(calls, q_BHLD, k_BKSD, v_BKSD)
+        return joined_calls(calls, q_BHLD, k_BKSD, v_BKSD)
 
     def _attend(self, part: Alike, scaling: float, q_BLHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:
         """Return the output [B, H, L, D] of one part."""

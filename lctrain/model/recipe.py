@@ -157,7 +157,7 @@ class ModelRecipe(ABC):
         log.info("attention: %s on kernel %s", self.attention, kernel)
         tuned = self._tune(model)
         liger = layers.uses_liger(self.layer_kernel, model.device.type)
-        self.hasten(unwrap(tuned), layers.liger() if liger else None, PinnedHost())
+        self.speed_up(unwrap(tuned), layers.liger() if liger else None, PinnedHost())
         log.info("layers: %s; memory: %s", "Liger's" if liger else "transformers'", self.memory)
         trainable = sum(num_elements(p) for p in tuned.parameters() if p.requires_grad)
         total = sum(num_elements(p) for p in tuned.parameters())
@@ -176,7 +176,7 @@ class ModelRecipe(ABC):
         keep_trained_in_fp32(tuned)
         return tuned
 
-    def hasten(self, model: PreTrainedModel, kernels: layers.LayerKernels | None, host: Host) -> None:
+    def speed_up(self, model: PreTrainedModel, kernels: layers.LayerKernels | None, host: Host) -> None:
         """Replace a tuned model's modules by faster ones and apply the memory savings.
 
         The names of the parameters and the set of those that train stay the same.

@@ -63,7 +63,7 @@ class Memory:
 class StepMemory:
     """A function from savings to the memory of a step of a tuned `model`, which is on the meta device.
 
-    `hasten` is the recipe's method, with the savings given. Only a few layers are simulated, and results are cached:
+    `speed_up` is the recipe's method, with the savings given. Only a few layers are simulated, and results are cached:
     savings that lead to the same sample of layers share a simulation.
     """
 
@@ -73,11 +73,11 @@ class StepMemory:
         method: Attention,
         step: Step,
         make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
-        hasten: Callable[[PreTrainedModel, Host, Savings], None] = lambda model, host, savings: None,
+        speed_up: Callable[[PreTrainedModel, Host, Savings], None] = lambda model, host, savings: None,
     ) -> None:
         if step.kernel == "reference":
             raise InputError("kernel=reference holds every attention score and is not planned; use kernel=auto")
-        self._model, self._method, self._step, self._hasten = model, method, step, hasten
+        self._model, self._method, self._step, self._speed_up = model, method, step, speed_up
         trained = [p for p in model.parameters() if p.requires_grad]
         self._itemsize = 2 if step.autocast else trained[0].itemsize
         self._gradients = sum(p.numel() * p.itemsize for p in trained)
@@ -115,7 +115,7 @@ class StepMemory:
         decoder.layers = layers[:num_layers]
         few = deepcopy(self._model)
         decoder.layers = layers
-        return simulate(few, self._method, self._step, lambda model, host: self._hasten(model, host, savings))
+        return simulate(few, self._method, self._step, lambda model, host: self._speed_up(model, host, savings))
 
 
 def _masks(config: Any, method: Attention, step: Step, savings: Savings, itemsize: int) -> int:

@@ -26,13 +26,13 @@ from lctrain.parallel.mesh import Mesh
 from lctrain.parallel.ulysses import num_repeats, shares_heads
 from lctrain.plan.cards import card
 from lctrain.plan.exchange import Exchange
+from lctrain.plan.fakes import LAYER_KERNELS
 from lctrain.plan.flops import attention_flops, linear_flops
 from lctrain.plan.memory import Memory, StepMemory
 from lctrain.plan.savings import MAX_SHARES, choose_savings
 from lctrain.plan.seconds import work
 from lctrain.plan.sharding import Sharding
 from lctrain.plan.simulation import Step
-from lctrain.plan.stand_ins import LAYER_KERNELS
 from lctrain.tables import show
 
 log = logging.getLogger(__name__)
@@ -255,13 +255,13 @@ def _memory_of(
     """Return the recipe with its savings, chosen here under memory=auto, and a step's memory with these savings."""
     kernels = LAYER_KERNELS if recipe.layer_kernel != "plain" and device_type == "cuda" else None
 
-    def hasten(model: PreTrainedModel, host: Host, savings: Savings) -> None:
-        replace(recipe, memory=savings).hasten(model, kernels, host)
+    def speed_up(model: PreTrainedModel, host: Host, savings: Savings) -> None:
+        replace(recipe, memory=savings).speed_up(model, kernels, host)
 
     skeleton, sharding = _skeleton(recipe), Sharding.of(cfg, step.num_devices)
     num_parameters = sum(p.numel() for p in skeleton.parameters())
     largest = max((p.numel() for p in skeleton.parameters() if p.requires_grad), default=0)
-    memory_of = StepMemory(skeleton, recipe.attention, step, instantiate(cfg.optimizer), hasten)
+    memory_of = StepMemory(skeleton, recipe.attention, step, instantiate(cfg.optimizer), speed_up)
 
     def planned(savings: Savings) -> Memory:
         return sharding.apply(memory_of(savings), num_parameters, largest)

@@ -17,7 +17,7 @@ from lctrain.attention.base import Attention
 from lctrain.kernels.linear_cross_entropy import MAX_LOGITS, linear_cross_entropy
 from lctrain.memory.host import Host
 from lctrain.model.head import softcap, unwrap
-from lctrain.plan.stand_ins import CountingHost, attend_by, loss_of
+from lctrain.plan.fakes import CountingHost, attend_by, loss_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +49,14 @@ class Simulated:
 
 
 def simulate(
-    model: nn.Module, method: Attention, step: Step, hasten: Callable[[PreTrainedModel, Host], None]
+    model: nn.Module, method: Attention, step: Step, speed_up: Callable[[PreTrainedModel, Host], None]
 ) -> Simulated:
-    """Simulate one step of a tuned `model` on the meta device, which this changes. `hasten` is the recipe's method."""
+    """Simulate one step of a tuned `model` on the meta device, which this changes. `speed_up` is the recipe's."""
     host = CountingHost()
     with FakeTensorMode():
         _materialize(model)
         base = unwrap(model)  # type: ignore[arg-type]
-        hasten(base, host)
+        speed_up(base, host)
         AttentionInterface.register("lctrain_plan", attend_by(method, step.length, step.sequence_parallel_size))
         base.set_attn_implementation("lctrain_plan")
         return _run(base, step, host)

@@ -23,7 +23,7 @@ from lctrain.errors import InputError, RunError
 CHECKS_PER_TIMEOUT = 20
 LONGEST_PAUSE = 10.0  # seconds between two checks
 GRACE = 3  # a living rank's file may be this many checks late
-FAREWELL = 10  # a rank that failed may take this many checks to end by itself
+LAST_CHECKS = 10  # a rank that failed may take this many checks to end by itself
 STDERR = 2
 TORCH = str(Path(torch.__file__).parent)
 EXCHANGES = tuple(str(Path(TORCH, part)) for part in ("distributed", "nn/parallel"))
@@ -150,13 +150,13 @@ class Watchdog(Callback):
     def _watch(self) -> None:
         while not self._stopped.wait(self.pause):
             # If the main thread hangs while it holds Python's lock, this loop hangs, too: faulthandler then exits.
-            faulthandler.dump_traceback_later(self.timeout + FAREWELL * self.pause, exit=True, file=STDERR)
+            faulthandler.dump_traceback_later(self.timeout + LAST_CHECKS * self.pause, exit=True, file=STDERR)
             with suppress(OSError):  # a full disk is reported by the checkpoint callback
                 self._write()
                 self._look()
             waited = time.monotonic() - self._beat_at
             if self._leaving:
-                if waited > FAREWELL * self.pause:
+                if waited > LAST_CHECKS * self.pause:
                     self._end("" if self._told else f"error: {self._mine()}, failed: {self._failed}")
             elif waited > self.timeout:
                 self._end(f"error: nothing moved for {self.timeout / 60:g} minutes: {self._lost() or self._behind()}")

@@ -11,7 +11,7 @@ import torch
 from launch.exit_codes import exit_codes
 from launch.quiet import quiet
 from lctrain import config
-from lctrain.parallel.farewell import farewell
+from lctrain.parallel.cleanup import cleanup
 from lctrain.training.run import train
 
 REFUSED = 2
@@ -47,5 +47,5 @@ def all_refuse(cases: Path, index: int) -> bool:
 
 
 if __name__ == "__main__":
-    with farewell():
+    with cleanup():
         main(Path(sys.argv[1]))

@@ -10,7 +10,7 @@ from lctrain.errors import Stopped
 
 
 @contextmanager
-def farewell() -> Iterator[None]:
+def cleanup() -> Iterator[None]:
     """Free the trained model and destroy the process group after the block, if it ends well or raises Stopped.
 
     Freeing makes room for the next model on the device. Gloo's threads would outlive the interpreter, and abort the

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from lctrain.kernels.together import together
+from lctrain.kernels.joined_calls import joined_calls
 from lctrain.memory.recall import attend_once, recording, replaying
 
 HEADS, KV_HEADS = [2, 4, 2], [1, 2, 1]
@@ -67,23 +67,23 @@ def gradients(attend, inputs):
 
 
 def test_equals_the_calls_joined(inputs):
-    out, own = gradients(lambda *x: together(calls, *x), inputs)
+    out, own = gradients(lambda *x: joined_calls(calls, *x), inputs)
     expected, theirs = gradients(plain, inputs)
     assert torch.equal(out, expected)
     assert out.transpose(1, 2).is_contiguous()
     for a, b in zip(own, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     with torch.no_grad():
-        assert torch.equal(together(calls, *inputs), expected)
+        assert torch.equal(joined_calls(calls, *inputs), expected)
 
 
 def test_gradcheck(inputs):
-    assert torch.autograd.gradcheck(lambda *x: together(calls, *x), inputs)
+    assert torch.autograd.gradcheck(lambda *x: joined_calls(calls, *x), inputs)
 
 
 def test_outputs_are_laid_out_by_token(inputs):
     with pytest.raises(AssertionError, match="not laid out by token"):
-        together(lambda *x: [out.contiguous() for out in calls(*x)], *inputs)
+        joined_calls(lambda *x: [out.contiguous() for out in calls(*x)], *inputs)
 
 
 def kept(attend, inputs):
@@ -101,7 +101,7 @@ def kept(attend, inputs):
 
 def test_keeps_one_output(inputs):
     output = 8 * inputs[0].numel()
-    assert kept(plain, inputs) == kept(lambda *x: together(calls, *x), inputs) + output
+    assert kept(plain, inputs) == kept(lambda *x: joined_calls(calls, *x), inputs) + output
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -111,7 +111,7 @@ def test_in_a_layer_that_is_recomputed(inputs, keep):
     def layer(*x):
         seen = []
         return checkpoint(
-            lambda *y: attend_once(lambda *z: together(calls, *z), *(2 * t for t in y)).sin(),
+            lambda *y: attend_once(lambda *z: joined_calls(calls, *z), *(2 * t for t in y)).sin(),
             *x,
             use_reentrant=False,
             context_fn=lambda: (recording(seen, keep=keep), replaying(seen)),
@@ -129,7 +129,7 @@ def test_nothing_outlives_the_graph(inputs):
     gc.disable()
     try:
         scaled = [2 * x for x in inputs]
-        out = together(calls, *scaled)
+        out = joined_calls(calls, *scaled)
         watched = [weakref.ref(x) for x in (*scaled, out)]
         out.sum().backward()
         del scaled, out

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from lctrain.errors import RunError, Stopped
-from lctrain.parallel.farewell import farewell
+from lctrain.parallel.cleanup import cleanup
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def gloo_threads() -> list[str]:
 def test_nothing_of_the_group_outlives_what_went_well(group, end):
     before = len(gloo_threads())
     assert before
-    with contextlib.suppress(Stopped), farewell():
+    with contextlib.suppress(Stopped), cleanup():
         if end:
             raise end
     assert not dist.is_initialized()
@@ -39,7 +39,7 @@ def test_nothing_of_the_group_outlives_what_went_well(group, end):
 
 
 def test_who_failed_waits_for_nobody(group):
-    with pytest.raises(RunError), farewell():
+    with pytest.raises(RunError), cleanup():
         raise RunError("disk full")
     assert dist.is_initialized()
     assert gloo_threads()
@@ -50,7 +50,7 @@ def test_one_process_lets_go_of_what_trained():
         def __init__(self) -> None:
             self.itself = self
 
-    with farewell():
+    with cleanup():
         knot = weakref.ref(Knot())
         assert knot()
     assert not knot()

@@ -18,7 +18,7 @@ from lctrain.view import View
 Calls = Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]]
 
 
-def together(calls: Calls, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> Tensor:
+def joined_calls(calls: Calls, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> Tensor:
     """Return the outputs [B, h, L, D] of `calls` joined to [B, H, L, D].
 
     Each must be laid out in memory as [B, L, h, D], and the result is laid out as [B, L, H, D].
@@ -26,7 +26,7 @@ def together(calls: Calls, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> Te
     inputs = (q_BHLD, k_BKSD, v_BKSD)
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
         return _join(calls(*inputs))
-    joined: Tensor = _Together.apply(calls, *inputs)  # type: ignore[no-untyped-call]
+    joined: Tensor = _JoinedCalls.apply(calls, *inputs)  # type: ignore[no-untyped-call]
     return joined
 
 
@@ -46,7 +46,7 @@ class _Inputs(torch.autograd.Function):
         raise AssertionError("gradients are taken before this")
 
 
-class _Together(torch.autograd.Function):
+class _JoinedCalls(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, calls: Calls, *inputs: Tensor) -> Tensor:
         saved, views, recalled = list[Tensor](), list[tuple[int, View]](), list[Tensor]()
