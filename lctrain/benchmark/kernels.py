@@ -111,6 +111,7 @@ def row_mask(method: MaskedAttention, length: int, heads: Heads, documents: list
         num_attention_heads=heads.num_attention_heads,
         num_key_value_heads=heads.num_key_value_heads,
         layer_idx=0,
+        device=torch.device(device),
     )
     sizes = torch.tensor(documents, device=device)
     numbers = torch.arange(len(documents), device=device).repeat_interleave(sizes)

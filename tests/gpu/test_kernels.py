@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lctrain.attention.bigbird import BigBird
 from lctrain.attention.duo import DuoAttention
 from lctrain.attention.full import FullAttention
 from lctrain.attention.shifted_sparse import ShiftedSparseAttention
@@ -116,6 +117,13 @@ def test_a_pattern_without_bounds(kernel):
     mask = row_mask(METHODS["full"], 1000, SHAPES["128"], [1000], "cuda")
     visible = lambda b, h, q, k: (bucket[q] == bucket[k]) | (q - k < 9)  # noqa: E731
     check(kernel, replace(mask, visible=visible, local=None), SHAPES["128"])
+
+
+@pytest.mark.parametrize("documents", [[1000], [300, 1, 699]], ids=["alone", "packed"])
+@pytest.mark.parametrize("kernel", ["flash", "flex"])
+def test_columns_that_each_head_looks_up(kernel, documents):
+    bigbird = BigBird(block_size=32, num_global_blocks=1, num_window_blocks=2, num_random_blocks=2, seed=0)
+    check(kernel, row_mask(bigbird, 1000, SHAPES["128"], documents, "cuda"), SHAPES["128"])
 
 
 @pytest.mark.parametrize("kernel", ["flash", "flex"])
