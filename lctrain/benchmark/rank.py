@@ -1,6 +1,6 @@
 """One rank of a timed run: `python -m lctrain.benchmark.rank <config>` reads lengths from standard input, one per line.
 
-The first rank writes each answer into a file beside the config.
+The first rank writes each answer into the folder of the config.
 """
 
 import json
