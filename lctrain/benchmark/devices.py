@@ -59,6 +59,8 @@ def _case(cfg: DictConfig, attention: str | None, name: str) -> tuple[DictConfig
     tuning, strategy, rows = CASES[name]
     case = choose(cfg, attention=attention, tuning=tuning, strategy=strategy)
     case.trainer.devices = cfg.devices.num_devices
+    if strategy == "zero3" and tuning == "full":
+        case.strategy.half_precision = cfg.devices.half_precision
     case.sequence_parallel_size = cfg.devices.num_devices if rows == "shared" else 1
     return case, f"{strategy}, rows {rows}"
 

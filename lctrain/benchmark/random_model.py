@@ -29,9 +29,9 @@ class RandomModel(ModelRecipe):
     def base_config(self) -> PreTrainedConfig:
         return deepcopy(self.published)
 
-    def load(self, config: PreTrainedConfig) -> PreTrainedModel:
+    def load(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         with self.device:  # drawing 8B random numbers takes a second on a card, minutes on a CPU
-            return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=self.loaded_dtype(config)))
+            return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype))
 
     def check(self, lengths: Sequence[int], device_type: str = "cpu", sequence_parallel_size: int = 1) -> None:
         config = self.check_attention(lengths, sequence_parallel_size)

@@ -13,8 +13,8 @@ from lctrain.kernels.varlen import VarlenKernel
 KERNELS: dict[str, type[Kernel]] = {  # the fastest first, as measured in docs/results/kernels.md
     "flash": FlashKernel,
     "cudnn": CudnnKernel,
-    "varlen": VarlenKernel,
     "flash2": Flash2Kernel,
+    "varlen": VarlenKernel,
     "flex": FlexKernel,
     "sdpa": SDPAKernel,
     "reference": ReferenceKernel,

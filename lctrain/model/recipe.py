@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,10 +29,10 @@ from lctrain.kernels import fp8
 from lctrain.kernels.choose import choose
 from lctrain.memory.host import Host, PinnedHost
 from lctrain.memory.savings import AutoSavings, Savings
-from lctrain.model import layers
+from lctrain.model import layers, learned
 from lctrain.model.head import unwrap
 from lctrain.model.install import demand, install
-from lctrain.model.tuning import FullTuning, Tuning, keep_trained_in_fp32, num_elements
+from lctrain.model.tuning import Frozen, FullTuning, Tuning, keep_trained_in_fp32, num_elements
 from lctrain.parallel.ulysses import Ulysses, check_heads
 from lctrain.rope.base import RopeScheme
 
@@ -57,13 +58,17 @@ class ModelRecipe(ABC):
         """Return the config as it was published."""
 
     @abstractmethod
-    def load(self, config: PreTrainedConfig) -> PreTrainedModel:
-        """Return a model with config `config` and its weights."""
+    def load(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+        """Return a model with config `config` and its weights in `dtype`."""
 
     @cached_property
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
+
+    def learned(self) -> dict[str, Tensor]:
+        """Return what the attention method learned in an earlier run; nothing where it begins anew."""
+        return {}
 
     def config(self) -> PreTrainedConfig:
         """Return a copy of the config to train and export with."""
@@ -145,17 +150,21 @@ class ModelRecipe(ABC):
                 "whole layers; use another strategy"
             )
         config = self.config()
+        half = zero3 is not None and zero3["data_types"]["grad_accum_dtype"] == "bf16"
+        dtype = self.loaded_dtype(config, half)
         if zero3 is None:
-            model = self.load(config)
+            model = self.load(config, dtype)
             model.to(device)  # type: ignore[arg-type]
         else:
-            bf16 = {"enabled": self.loaded_dtype(config) == torch.bfloat16}
+            bf16 = {"enabled": dtype == torch.bfloat16}
             known = HfDeepSpeedConfig({**zero3, "bf16": bf16})  # transformers shards as long as this object exists
-            model = self.load(config)
+            model = self.load(config, dtype)
             del known
         kernel = install(model, self.attention, self.kernel, ulysses)
         log.info("attention: %s on kernel %s", self.attention, kernel)
-        tuned = self._tune(model)
+        if values := self.learned():
+            learned.fill(model, self.attention, values)
+        tuned = self._tune(model, half)
         liger = layers.uses_liger(self.layer_kernel, model.device.type)
         self.speed_up(unwrap(tuned), layers.liger() if liger else None, PinnedHost())
         log.info("layers: %s; memory: %s", "Liger's" if liger else "transformers'", self.memory)
@@ -171,9 +180,13 @@ class ModelRecipe(ABC):
             install(model, self.attention, "reference")
             return self._tune(model)
 
-    def _tune(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
+    def _tune(self, model: PreTrainedModel, half: bool = False) -> PreTrainedModel | PeftModel:
         tuned = self.tuning.apply(model)
-        keep_trained_in_fp32(tuned)
+        if not isinstance(self.tuning, Frozen):
+            for name, parameter in tuned.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad or self.attention.owns(name))
+        if not half:
+            keep_trained_in_fp32(tuned)
         return tuned
 
     def speed_up(self, model: PreTrainedModel, kernels: layers.LayerKernels | None, host: Host) -> None:
@@ -208,9 +221,9 @@ class ModelRecipe(ABC):
         """Return whether the model is in half precision: what trains is then kept in fp32 and computed with in bf16."""
         return self.torch_dtype(self.config()) != torch.float32
 
-    def loaded_dtype(self, config: PreTrainedConfig) -> torch.dtype:
-        """Return the dtype that weights are loaded in: fp32 if all of them train, else the model's."""
-        return torch.float32 if self.tuning.trains_all else self.torch_dtype(config)
+    def loaded_dtype(self, config: PreTrainedConfig, half: bool = False) -> torch.dtype:
+        """Return the dtype that weights are loaded in: fp32 if all of them train, unless in `half` precision."""
+        return torch.float32 if self.tuning.trains_all and not half else self.torch_dtype(config)
 
     def torch_dtype(self, config: PreTrainedConfig) -> torch.dtype:
         """Return the torch dtype that `self.dtype` means for a model of this config."""
@@ -243,13 +256,13 @@ class PretrainedModel(ModelRecipe):
         except InputError:
             return AutoConfig.for_model(**self.architecture)
 
-    def load(self, config: PreTrainedConfig) -> PreTrainedModel:
+    def load(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         self._check_weights()
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.path,
                 config=config,
-                dtype=self.loaded_dtype(config),
+                dtype=dtype,
                 revision=self.revision,
                 use_safetensors=self.use_safetensors,
                 trust_remote_code=self.trust_remote_code,
@@ -264,6 +277,9 @@ class PretrainedModel(ModelRecipe):
             raise InputError(f"model.path={self.path}: weights missing or of another shape: {', '.join(lacking[:3])} …")
         return cast(PreTrainedModel, model)
 
+    def learned(self) -> dict[str, Tensor]:
+        return learned.values_for(self.attention, Path(self.path)) if self.attention.learns else {}
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         self._check_folder()
@@ -276,6 +292,7 @@ class PretrainedModel(ModelRecipe):
 
     def check(self, lengths: Sequence[int], device_type: str = "cpu", sequence_parallel_size: int = 1) -> None:
         self._check_weights()
+        self.learned()  # refuses a folder that learned with other settings
         published = self._published_config()
         for key, value in (self.architecture or {}).items():
             if getattr(published, key, value) != value:
@@ -338,8 +355,8 @@ class ScratchModel(ModelRecipe):
         special = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         return AutoConfig.for_model(**{**self.architecture, **special, "vocab_size": len(self.tokenizer)})
 
-    def load(self, config: PreTrainedConfig) -> PreTrainedModel:
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=self.loaded_dtype(config)))
+    def load(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=dtype))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

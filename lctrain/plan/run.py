@@ -201,7 +201,7 @@ def _seconds(
         cfg.num_devices,
         sharding,
         recipe.memory,
-        weights=sum(p.numel() * p.itemsize for p in model.parameters()),
+        weights=sharding.halved(sum(p.numel() * p.itemsize for p in model.parameters())),
         trained=sum(p.numel() * p.itemsize for p in model.parameters() if p.requires_grad),
         teacher=bool(taught),
     )
@@ -347,6 +347,8 @@ def _remedies(planned: Plan, cfg: DictConfig) -> Iterator[str]:
         yield "tuning=longlora"
     if large & {"weights", "optimizer"} and planned.mesh.world_size > 1 and planned.sharding.stage < 3:
         yield "strategy=zero3"
+    if "gradients" in large and planned.sharding.stage == 3 and not planned.sharding.half_precision:
+        yield "strategy.half_precision=true"
     if "weights" in large and memory.weights > 3 * planned.parameters:
         yield "model.dtype=bfloat16"
 

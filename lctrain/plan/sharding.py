@@ -21,6 +21,7 @@ class Sharding:
     offload_optimizer: bool
     offload_parameters: bool
     bucket_size: int
+    half_precision: bool = False  # weights and gradients, beside the fp32 copy that is updated
 
     @classmethod
     def of(cls, cfg: DictConfig, num_devices: int) -> "Sharding":
@@ -32,6 +33,7 @@ class Sharding:
             offload_optimizer=strategy.get("offload_optimizer", False),
             offload_parameters=strategy.get("offload_parameters", False),
             bucket_size=strategy.get("bucket_size", 0),
+            half_precision=strategy.get("half_precision", False),
         )
 
     def apply(self, memory: Memory, num_parameters: int, largest: int) -> Memory:
@@ -42,14 +44,16 @@ class Sharding:
         if not self.stage:
             return memory
         share = memory.gradients // self.num_devices  # in fp32, as all that trains
-        # All stages update a copy of what trains, except stage 3 without offloading, which updates in place.
-        copied = share if self.stage < 3 or self.offload_optimizer else 0
-        updated = share if self.stage < 3 else min(share, SUB_GROUP * FP32)  # bytes updated at a time
-        optimizer, weights, host = memory.optimizer // self.num_devices + copied, memory.weights, memory.host
-        gradients, update = memory.gradients if self.stage == 1 else share, 2 * updated
+        # All stages update a copy of what trains. Stage 3 means to update in place, but compares a device with its
+        # name, which never equal each other, and copies too.
+        optimizer, weights, host = memory.optimizer // self.num_devices + share, memory.weights, memory.host
+        group = (SUB_GROUP + largest // self.num_devices) * FP32  # what stage 3 updates at a time, at the most
+        updated = share if self.stage < 3 else min(share, group)
+        gradients, update = memory.gradients if self.stage == 1 else self.halved(share), 2 * updated
         if self.offload_optimizer:  # which also offloads the gradients
             optimizer, gradients, update, host = 0, 0, 0, host + optimizer + 2 * share
         if self.stage == 3:
+            weights = self.halved(weights)
             gathered = weights * min(MAX_LIVE_PARAMETERS, num_parameters) // num_parameters
             shard = weights // self.num_devices
             weights, host = (gathered, host + shard) if self.offload_parameters else (shard + gathered, host)
@@ -64,3 +68,7 @@ class Sharding:
             update=update,
             host=host,
         )
+
+    def halved(self, num_bytes: int) -> int:
+        """Return the bytes of weights or gradients, given those in fp32."""
+        return num_bytes // 2 if self.half_precision else num_bytes

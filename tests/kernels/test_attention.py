@@ -250,7 +250,7 @@ class TestChoose:
     @pytest.mark.parametrize(
         ("name", "asked", "reason"),
         [
-            ("fast", demand(), "no kernel 'fast'; choose auto, flash, cudnn, varlen, flash2, flex, sdpa, reference"),
+            ("fast", demand(), "no kernel 'fast'; choose auto, flash, cudnn, flash2, varlen, flex, sdpa, reference"),
             ("flash", demand(), "kernel=flash needs a CUDA device"),
             ("cudnn", demand(), "kernel=cudnn needs a CUDA device"),
             ("varlen", demand(), "kernel=varlen needs a CUDA device"),

@@ -20,8 +20,8 @@ NONE = Sharding(stage=0, num_devices=4, offload_optimizer=False, offload_paramet
 def test_each_stage_shards_what_the_one_before_left_whole():
     stages = [replace(NONE, stage=stage).apply(WHOLE, 1000, 10) for stage in range(4)]
     assert stages[0] == WHOLE
-    copy = 4000 // 4  # in fp32, which stages 1 and 2 update
-    assert [memory.optimizer for memory in stages[1:]] == [8000 // 4 + copy, 8000 // 4 + copy, 8000 // 4]
+    copy = 4000 // 4  # in fp32, which all stages update
+    assert [memory.optimizer for memory in stages[1:]] == [8000 // 4 + copy] * 3
     assert [memory.gradients for memory in stages] == [4000, 4000, 1000, 1000]
     assert [memory.weights for memory in stages] == [4000, 4000, 4000, 1000 + 4000]  # a small model is gathered whole
     assert [memory.buckets for memory in stages] == [0, 800, 800, 480]
@@ -33,6 +33,12 @@ def test_a_large_model_is_gathered_in_parts():
     billions = replace(WHOLE, weights=40 * 10**9)
     sharded = replace(NONE, stage=3).apply(billions, 10**10, 10)
     assert sharded.weights == 10 * 10**9 + 2 * 10**9  # a quarter, and half a billion parameters of 4 bytes
+
+
+def test_stage_3_reads_half_precision_beside_the_copy_that_it_updates():
+    half = replace(NONE, stage=3, half_precision=True).apply(WHOLE, 1000, 10)
+    whole = replace(NONE, stage=3).apply(WHOLE, 1000, 10)
+    assert (half.weights, half.gradients, half.optimizer) == (whole.weights // 2, whole.gradients // 2, whole.optimizer)
 
 
 def test_what_is_offloaded_waits_on_the_host():
