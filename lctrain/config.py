@@ -26,7 +26,7 @@ _SECRET_VARIABLE = re.compile(r"(?i)KEY|TOKEN|SECRET|PASSWORD")
 
 _PATH = re.compile(
     r"run_dir|output|checkpoint|resume|model\.(tokenizer_)?path|(.+_)?attention\.path|data\.(.+\.)?(path|name)"
-    r"|cache\.pattern\.path|retrieval\.pattern"
+    r"|cache\.pattern\.path|retrieval\.pattern|evaluation\..+\.(path|words)"
 )
 
 _WIRED = re.compile(r"^(module\.)?(recipe\.|model\.)?(?=(attention|rope|tuning|objective|optimizer|scheduler)\.)")

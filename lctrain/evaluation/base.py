@@ -16,11 +16,13 @@ Tokens = NDArray[np.integer[Any]]
 Result = dict[str, Any]
 Advance = Callable[[str, float], None]
 """A progress callback: takes a description of the current work and the units of work just finished."""
-Once = Callable[[tuple[int | float, ...], float, Callable[[], Any]], Any]
+Cell = tuple[int | float, ...]
+"""The numbers that tell one measurement of a task from its others; the first is the context length."""
+Once = Callable[[Cell, float, Callable[[], Any]], Any]
 """(cell, its units of work, function that measures it) → the measured value, converted by JSON.
 
-The cell's numbers tell it apart from the task's other cells. A resumed evaluation returns the value measured before it
-was stopped."""
+A resumed evaluation returns the value measured before it was stopped."""
+SHARE = "share"  # the unit of numbers from 0 to 1, which tables show in percent
 
 
 class Texts(Protocol):
@@ -35,12 +37,20 @@ class Texts(Protocol):
         """Return all documents of the corpus."""
 
 
+@dataclass(frozen=True)
+class Quantity:
+    """The name and the unit of a task's main number."""
+
+    metric: str
+    unit: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
     """One measurement at several context lengths, in tokens.
 
     `lengths` ascend; None means an eighth, a quarter, a half and the whole of `sequence_length`. One batch holds
-    `batch_tokens` tokens, in rows of one length; None means as many tokens as the longest length has.
+    `batch_tokens` tokens, in rows of at most one length; None means as many tokens as the longest length has.
     """
 
     generates: ClassVar[bool] = False  # True: the task decodes token by token, which not every pattern supports
@@ -64,9 +74,13 @@ class Task(ABC):
         return tuple(self.lengths)
 
     @property
-    def reads_heldout(self) -> bool:
-        """Return whether the task reads only documents that no training on the corpus reads."""
-        return True
+    @abstractmethod
+    def quantity(self) -> Quantity:
+        """Return the name and the unit of the numbers in `by_length`."""
+
+    def documents(self, texts: Texts) -> Sequence[Tokens]:
+        """Return the documents that the task reads: those that no training on the corpus reads."""
+        return texts.heldout_documents()
 
     def rows(self, length: int) -> int:
         """Return the number of rows per batch, so that every length takes about the same memory."""

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lctrain.errors import InputError
-from lctrain.evaluation.base import Advance, Once, Result, Task, Tokens
+from lctrain.evaluation.base import Advance, Once, Quantity, Result, Task, Tokens
 from lctrain.evaluation.reader import Reader
 from lctrain.model.head import check_head
 
@@ -29,6 +30,8 @@ class Perplexity(Task):
     each token more context and costs length / stride times as much. Inside the longest window, `num_buckets` equal
     ranges of positions are reported separately.
     """
+
+    quantity: ClassVar[Quantity] = Quantity("perplexity", "per token")
 
     num_tokens: int
     stride: int | None

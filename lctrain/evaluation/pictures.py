@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: perplexity by length and position, recall by depth and length, loss over the steps."""
+"""Pictures of an evaluation: scores and perplexity by length, perplexity by position, recall by depth, loss by step."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from lctrain.evaluation import recall_pictures
 from lctrain.evaluation.base import Result
@@ -39,6 +39,8 @@ def _figures(results: Results, history: Sequence[Row]) -> Iterator[tuple[str, Fi
         if any("by_depth" in result for result in of.values()):
             yield from ((f"{task}_{file_name(label)}", recall_pictures.heatmap(task, label, of[label])) for label in of)
             yield f"{task}_by_depth", recall_pictures.by_depth(task, of)
+        elif any("interval" in result for result in of.values()):
+            yield f"{task}_by_length", score_by_length(task, of)
     if history:
         yield "training", training(history)
 
@@ -67,6 +69,24 @@ def perplexity_by_length(results: Mapping[str, Result]) -> Figure:
     token_ticks(axes, lengths, logarithmic=True)
     perplexity_axis(axes)
     axes.set(title="Perplexity by context length", xlabel="context length (tokens)")
+    axes.legend()
+    return figure
+
+
+def score_by_length(task: str, results: Mapping[str, Result]) -> Figure:
+    """Draw one line per label, from 0 to 100 %, with the 95 % interval at each length."""
+    figure = Figure(figsize=(7, 4.4))
+    axes = figure.subplots()
+    lengths: list[int] = []
+    for label, result in results.items():
+        lengths, values = [int(length) for length in result["by_length"]], np.array([*result["by_length"].values()])
+        low, high = np.array([result["interval"][str(length)] for length in lengths]).T
+        axes.errorbar(lengths, values, (values - low, high - values), fmt="o-", capsize=4, label=label,
+                      color=COLOURS.get(label), clip_on=False)  # fmt: skip
+        axes.set(title=f"{task} by context length", xlabel="context length (tokens)", ylabel=result["metric"])
+    token_ticks(axes, lengths, logarithmic=True)
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.legend()
     return figure
 

@@ -1,5 +1,6 @@
 """The model under evaluation and the cache through which it reads. Shapes: B rows, L tokens, D hidden."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -26,18 +27,35 @@ class Reader:
     cache: CachePolicy = field(default_factory=FullCache)
     prefill_chunk_size: int | None = None
 
-    def complete(self, prompts_BL: NDArray[np.int64], num_tokens: int) -> list[str]:
-        """Return the text that greedy decoding writes after each prompt, at most `num_tokens` tokens."""
-        input_ids = torch.from_numpy(prompts_BL).to(self.model.device)
-        mask, cache = torch.ones_like(input_ids), self.cache.new(self.model)
+    def complete(self, prompts: Sequence[NDArray[np.integer[Any]]], num_tokens: Sequence[int]) -> list[str]:
+        """Return the text that greedy decoding writes after each prompt, at most `num_tokens` tokens of its own.
+
+        Prompts of different lengths are padded on the left; each reply is the one that its prompt alone would get.
+        """
+        input_ids, mask = self._padded(prompts)
+        cache = self.cache.new(self.model)
         prefill(self.model, input_ids, mask, cache, self.prefill_chunk_size)
-        config = GenerationConfig(
-            do_sample=False, max_new_tokens=num_tokens, pad_token_id=self.tokenizer.pad_token_id or 0
-        )
+        config = GenerationConfig(do_sample=False, max_new_tokens=max(num_tokens), pad_token_id=self._pad_token_id)
         output = cast(Any, self.model).generate(
             input_ids=input_ids, attention_mask=mask, past_key_values=cache, generation_config=config
         )
-        return self.tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+        written = output[:, input_ids.shape[1] :].tolist()
+        replies = [row[:limit] for row, limit in zip(written, num_tokens, strict=True)]
+        return self.tokenizer.batch_decode(replies, skip_special_tokens=True)
+
+    @property
+    def _pad_token_id(self) -> int:
+        """Return a special token if there is one: it also follows a reply that ends early, and is not decoded."""
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return (eos or 0) if pad is None else pad
+
+    def _padded(self, prompts: Sequence[NDArray[np.integer[Any]]]) -> tuple[Tensor, Tensor]:
+        """Return ids and mask [B, L], where L is the longest prompt's length and the mask is 0 at padding."""
+        shape = len(prompts), max(map(len, prompts))
+        input_ids, mask = np.full(shape, self._pad_token_id, np.int64), np.zeros(shape, np.int64)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, 1
+        return torch.from_numpy(input_ids).to(self.model.device), torch.from_numpy(mask).to(self.model.device)
 
     def losses(self, ids: NDArray[np.int64]) -> Tensor:
         """Return the negative log-likelihood in fp32 [B, L] of each token of `ids` [B, L + 1] but the first."""

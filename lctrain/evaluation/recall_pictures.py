@@ -42,7 +42,7 @@ def heatmap(task: str, label: str, result: Result) -> Figure:
 
 def trials(result: Result) -> int:
     """Return the number of trials per cell."""
-    return int(result["num_trials"]) // len(next(iter(result["by_depth"].values())))
+    return int(result["num_examples"]) // len(next(iter(result["by_depth"].values())))
 
 
 def by_depth(task: str, results: Mapping[str, Result]) -> Figure:

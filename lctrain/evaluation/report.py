@@ -5,10 +5,11 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
 
+from lctrain.evaluation.base import SHARE
 from lctrain.evaluation.pictures import Results, Row, draw
 from lctrain.evaluation.style import tokens
 
@@ -51,40 +52,57 @@ def task_names(results: Results) -> list[str]:
     return list(dict.fromkeys(task for done in results.values() for task in done))
 
 
-def rows(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Return the table's headings and cells: a row per length, a column per task and label."""
-    columns = [
-        (f"{task} {label}", "{:.0%}" if "by_depth" in done[task] else "{:,.2f}", done[task]["by_length"])
+class Column(NamedTuple):
+    """The main numbers of one task under one label."""
+
+    task: str
+    label: str
+    unit: str
+    by_length: Mapping[str, float]
+
+    def text(self, length: int) -> str:
+        """Return the number at one length as a table on the console shows it."""
+        value = self.by_length.get(str(length))
+        if value is None:
+            return "-"
+        return f"{100 * value:.3g}%" if self.unit == SHARE else f"{value:,.2f}"
+
+
+def columns(results: Results) -> tuple[list[int], list[Column]]:
+    """Return all lengths, and a column per task and label, labels side by side."""
+    found = [
+        Column(task, label, done[task].get("unit", ""), done[task]["by_length"])
         for task in task_names(results)
         for label, done in results.items()
     ]
-    lengths = sorted({int(length) for _, _, values in columns for length in values})
-    cells = [
-        [tokens(n), *(form.format(values[str(n)]) if str(n) in values else "-" for _, form, values in columns)]
-        for n in lengths
-    ]
-    return ["length", *(heading for heading, _, _ in columns)], cells
+    return sorted({int(length) for column in found for length in column.by_length}), found
 
 
 def table(results: Results) -> Table:
-    """Return a table for a rich console: a row per length, labels side by side."""
-    headings, cells = rows(results)
+    """Return a table for a rich console: a row per length, shares in percent."""
+    lengths, found = columns(results)
     shown = Table(title="Before and after" if len(results) > 1 else None, title_style="bold", title_justify="left")
-    for heading in headings:
-        style = "bold" if heading.endswith("after") else None
-        shown.add_column(heading.replace(" ", "\n", 1), justify="right", style=style)
-    for row in cells:
-        shown.add_row(*row)
+    shown.add_column("length", justify="right")
+    for column in found:
+        style = "bold" if column.label.endswith("after") else None
+        shown.add_column(f"{column.task}\n{column.label}", justify="right", style=style)
+    for length in lengths:
+        shown.add_row(tokens(length), *(column.text(length) for column in found))
     return shown
 
 
 def log_media(run: "wandb.Run", folder: Path, results: Results) -> None:
-    """Log the table, and the pictures that `write_report` wrote into `folder`, to a W&B run."""
+    """Log the table as numbers, and the pictures that `write_report` wrote into `folder`, to a W&B run."""
     import wandb  # needed only if W&B is the logger
 
-    headings, cells = rows(results)
+    lengths, found = columns(results)
+    headings: list[str | int] = [
+        "length (tokens)",
+        *(f"{column.task} {column.label} ({column.unit})" for column in found),
+    ]
+    numbers = [[length, *(column.by_length.get(str(length)) for column in found)] for length in lengths]
     images = {f"evaluation/{path.stem}": wandb.Image(str(path)) for path in sorted(folder.glob("*.png"))}
-    tables = {"by_length": wandb.Table(columns=[*headings], data=cells)}
+    tables = {"by_length": wandb.Table(columns=headings, data=numbers)}
     if recalled := recall_cells(results):
         tables["by_cell"] = wandb.Table(columns=["label", "task", "length", "depth", "recalled"], data=recalled)
     run.log({**{f"evaluation/{name}": table for name, table in tables.items()}, **images})

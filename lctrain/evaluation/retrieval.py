@@ -1,24 +1,22 @@
 """The base class of recall tasks: recall of a fact hidden in other text, by context length and depth of the fact."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
 from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lctrain.data.needle import HiddenFact
 from lctrain.errors import InputError
-from lctrain.evaluation.base import Advance, Once, Result, Task, Tokens
-from lctrain.evaluation.reader import Reader
+from lctrain.evaluation.base import SHARE, Cell, Quantity, Result, Texts, Tokens
+from lctrain.evaluation.generation import Example, Examples, Generation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Retrieval(Task):
+class Retrieval(Generation):
     """A task that measures the share of facts that greedy decoding recalls, by length and depth.
 
     `depths` are the needle's places in the haystack: 0 is the start, 1 the end. A length counts prompt and answer, so
@@ -28,18 +26,13 @@ class Retrieval(Task):
     the model continues the text.
     """
 
-    generates: ClassVar[bool] = True
+    quantity: ClassVar[Quantity] = Quantity("recall", SHARE)
 
     depths: Sequence[float]
     num_trials: int
     heldout: bool
     chat_template: str | None
     seed: int
-
-    @property
-    def name(self) -> str:
-        """Return the task's name in messages."""
-        return type(self).__name__.lower()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,12 +54,15 @@ class Retrieval(Task):
     def num_answer_tokens(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """Return the number of tokens reserved for the answer, which the length includes."""
 
-    @property
-    def reads_heldout(self) -> bool:
-        return self.heldout
+    def documents(self, texts: Texts) -> Sequence[Tokens]:
+        return texts.heldout_documents() if self.heldout else texts.documents()
 
-    def num_units_at(self, length: int) -> float:
-        return length * len(self.depths) * self.num_trials
+    @property
+    def num_examples(self) -> int:
+        return len(self.depths) * self.num_trials
+
+    def cells(self, length: int) -> Sequence[Cell]:
+        return [(length, depth) for depth in self.depths]
 
     def check(self, documents: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase) -> None:
         self.check_haystack(sum(map(len, documents)))
@@ -88,51 +84,36 @@ class Retrieval(Task):
                 f"{available}, {longest - available} too few: lower the evaluation's lengths, {advice}"
             )
 
-    @torch.inference_mode()
-    def run(self, reader: Reader, documents: Sequence[Tokens], once: Once, advance: Advance) -> Result:
+    def examples(self, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Tokens]) -> Examples:
         haystack = np.concatenate([*documents])
-        haystack = haystack[
-            ~np.isin(haystack, reader.tokenizer.all_special_ids)
-        ]  # an end-of-text token would close the context
-        haystack = haystack.astype(np.int32)
+        # an end-of-text token would close the context
+        haystack = haystack[~np.isin(haystack, tokenizer.all_special_ids)].astype(np.int32)
         self.check_haystack(len(haystack))
 
-        def recalled(length: int, depth: float) -> int:
-            units = length * self.num_trials
-            return int(once((length, depth), units, lambda: self.cell(reader, haystack, length, depth, advance)))
+        def of_cell(cell: Cell) -> Sequence[Example]:
+            length, depth = cell
+            return [self.trial(tokenizer, haystack, int(length), depth, i) for i in range(self.num_trials)]
 
-        num_recalled = {n: {depth: recalled(n, depth) for depth in self.depths} for n in self.context_lengths}
-        totals = {str(length): sum(row.values()) for length, row in num_recalled.items()}
-        num_trials = len(self.depths) * self.num_trials
-        return {
-            "by_length": {length: total / num_trials for length, total in totals.items()},
-            "interval": {length: wilson_interval(total, num_trials) for length, total in totals.items()},
-            "by_depth": {
-                str(length): {str(depth): recalled / self.num_trials for depth, recalled in row.items()}
-                for length, row in num_recalled.items()
-            },
-            "num_trials": num_trials,
-        }
-
-    def cell(self, reader: Reader, haystack: NDArray[np.int32], length: int, depth: float, advance: Advance) -> int:
-        """Return how many of the trials at one length and depth are recalled."""
-        trials = [self.trial(reader.tokenizer, haystack, length, depth, i) for i in range(self.num_trials)]
-        num_recalled = 0
-        for i in range(0, len(trials), self.rows(length)):
-            prompts, answers = zip(*trials[i : i + self.rows(length)], strict=True)
-            replies = reader.complete(np.stack(prompts), self.num_answer_tokens(reader.tokenizer))
-            num_recalled += sum(map(self.is_recalled, replies, answers))
-            advance(f"{self.name} at {length:,}, depth {depth:.0%}", length * len(prompts))
-        return num_recalled
+        return of_cell
 
     def trial(
         self, tokenizer: PreTrainedTokenizerBase, haystack: NDArray[np.int32], length: int, depth: float, index: int
-    ) -> tuple[NDArray[np.int64], str]:
-        """Return one prompt and its answer."""
+    ) -> Example:
+        """Return one trial of a cell."""
         rng = np.random.default_rng([self.seed, length, round(depth * 10**6), index])
         start = rng.integers(len(haystack) - length + 1)
         fact = self.draw(rng)
-        return self.prompt(tokenizer, fact, haystack[start : start + length], length, depth), fact.answer
+        prompt = self.prompt(tokenizer, fact, haystack[start : start + length], length, depth)
+        return Example(prompt=prompt, references=[fact.answer], num_tokens=self.num_answer_tokens(tokenizer))
+
+    def score(self, reply: str, example: Example) -> float:
+        return float(self.is_recalled(reply, example.references[0]))
+
+    def details(self, scores: Mapping[Cell, Sequence[float]]) -> Result:
+        by_depth: dict[str, dict[str, float]] = {str(length): {} for length in self.context_lengths}
+        for (length, depth), recalled in scores.items():
+            by_depth[str(length)][str(depth)] = sum(recalled) / self.num_trials
+        return {"by_depth": by_depth}
 
     def prompt(
         self,
@@ -145,11 +126,3 @@ class Retrieval(Task):
         """Return a prompt that leaves room for the answer within `length`."""
         num_tokens = length - self.num_answer_tokens(tokenizer)
         return fact.prompt(tokenizer, haystack, num_tokens=num_tokens, depth=depth, chat_template=self.chat_template)
-
-
-def wilson_interval(num_hits: int, num_trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the 95 % interval of a share (Wilson 1927), valid for few trials and at 0 and 1, unlike the normal one."""
-    share, spread = num_hits / num_trials, z * z / num_trials
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * sqrt(share * (1 - share) / num_trials + spread / (4 * num_trials)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from lctrain.cache.base import CachePolicy
 from lctrain.cache.full import FullCache
 from lctrain.config import dump, public
 from lctrain.errors import InputError
-from lctrain.evaluation.base import Result, Task, Texts, Tokens
+from lctrain.evaluation.base import Cell, Result, Task, Texts
 from lctrain.evaluation.journal import Journal
 from lctrain.evaluation.reader import Reader
 from lctrain.evaluation.report import log_media, table, write_report
@@ -81,22 +82,27 @@ def check(cfg: DictConfig, config: PreTrainedConfig, data: Texts) -> None:
     tasks: dict[str, Task] = instantiate(cfg.evaluation, _convert_="all")
     method: Attention = instantiate(cfg.evaluation_attention, _convert_="all")
     cache = _cache(cfg)
-    if method.learned():
-        raise InputError(f"{method} would be evaluated as it begins; use attention=head_pattern, or cache=duo")
     for name, task in tasks.items():
-        task.check(documents(task, data), data.tokenizer)
+        task.check(task.documents(data), data.tokenizer)
         method.check(config.get_text_config(), list(task.context_lengths))
-        check_cache(cache, method, config, task)
+        check_cache(cache, method, config, task, cfg.get("prefill_chunk_size"))
         if task.generates and not method.can_decode():
             raise InputError(f"{method} can't decode, as evaluation.{name} does; evaluate another pattern")
 
 
-def check_cache(cache: CachePolicy, method: Attention, config: PreTrainedConfig, task: Task) -> None:
+def check_cache(
+    cache: CachePolicy, method: Attention, config: PreTrainedConfig, task: Task, chunk_size: int | None = None
+) -> None:
     """Raise InputError if the cache does not fit the model, the task's longest row, or the attention method."""
     cache.check(config.get_text_config(), task.context_lengths[-1])
-    if not cache.keeps_all and not isinstance(method, FullAttention):
+    if cache.decides and not isinstance(method, FullAttention):
         raise InputError(
             f"{type(cache).__name__} decides itself what heads see, instead of {method}; use attention=full"
+        )
+    if cache.forgets_between_forwards and not task.generates and chunk_size is None:
+        raise InputError(
+            f"{type(cache).__name__} forgets between forwards, and this task reads a row in one, as full attention "
+            "would; set prefill_chunk_size"
         )
 
 
@@ -172,11 +178,6 @@ def plain(cfg: DictConfig, path: str) -> PretrainedModel:
     )
 
 
-def documents(task: Task, data: Texts) -> Sequence[Tokens]:
-    """Return the documents that a task reads."""
-    return data.heldout_documents() if task.reads_heldout else data.documents()
-
-
 def evaluate(
     reader: Reader,
     data: Texts,
@@ -186,12 +187,14 @@ def evaluate(
     label: str = "evaluate",
     progress: bool = True,
 ) -> dict[str, Result]:
-    """Return each task's result under its name in `tasks`; cells in the journal under `label` are not measured again.
+    """Return each task's result, with metric and unit, under its name in `tasks`.
+
+    Cells in the journal under `label` are not measured again.
 
     The progress bar begins with `label` and counts the remaining work. Every task is checked before any runs.
     """
     for task in tasks.values():
-        task.check(documents(task, data), reader.tokenizer)
+        task.check(task.documents(data), reader.tokenizer)
     text = TextColumn("{task.description}")
     with Progress(text, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), disable=not progress) as bar:
         left = sum(task.num_units() for task in tasks.values())
@@ -200,7 +203,7 @@ def evaluate(
         def advance(doing: str, num_units: float) -> None:
             bar.update(line, description=f"{label}: {doing}", advance=num_units)
 
-        def once(name: str, cell: tuple[int | float, ...], num_units: float, measure: Callable[[], Any]) -> Any:
+        def once(name: str, cell: Cell, num_units: float, measure: Callable[[], Any]) -> Any:
             nonlocal left
             if (label, name, *cell) in cells:
                 left -= num_units
@@ -208,5 +211,6 @@ def evaluate(
             return cells.once((label, name, *cell), measure)
 
         return {
-            name: task.run(reader, documents(task, data), partial(once, name), advance) for name, task in tasks.items()
+            name: asdict(task.quantity) | task.run(reader, task.documents(data), partial(once, name), advance)
+            for name, task in tasks.items()
         }

@@ -1,25 +1,68 @@
-"""A tokenizer of single bytes, a random Llama of its size, and held-out documents, all in memory."""
+"""A tokenizer of single bytes, a random Llama of its size, documents in memory, and the tasks of conf/evaluation.
 
+A task's own test file declares `CASES`: name → (yaml, fields at which the task measures a few cells in seconds). For
+the first of them it declares `FIELDS`, another value of each field, and `REFUSED`, pairs of fields that `check` refuses
+and its message.
+"""
+
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lctrain.attention.full import FullAttention
+from lctrain.config import conf_dir
 from lctrain.evaluation.reader import Reader
 from lctrain.model.install import install
 
+FILES = {path: runpy.run_path(str(path)) for path in sorted(Path(__file__).parent.glob("test_*.py"))
+         if path.stem != "test_tasks"}  # fmt: skip
+DECLARED = [file for file in FILES.values() if "CASES" in file]
+CASES = {name: case for file in DECLARED for name, case in file["CASES"].items()}
+FIELDS = {next(iter(file["CASES"])): file["FIELDS"] for file in DECLARED}
+REFUSED = {next(iter(file["CASES"])): file["REFUSED"] for file in DECLARED}
+CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+
 
 @pytest.fixture(scope="session")
-def tokenizer():
+def task_of():
+    """Tasks by the names above, with other fields."""
+
+    def make(name, **changes):
+        yaml, fields = CASES[name]
+        group = OmegaConf.load(conf_dir() / "evaluation" / f"{yaml}.yaml")
+        whole = OmegaConf.create({"sequence_length": 512, "seed": 0, "evaluation": group})
+        ((task, settings),) = whole.evaluation.items()
+        OmegaConf.update(whole, f"evaluation.{task}", fields | changes)
+        return instantiate(settings, _convert_="all")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    """Tokenizers of single bytes with other special tokens than <eos>, or none."""
     letters = ["<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
+
+    def make(**special):
+        backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", **special)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer(make_tokenizer):
+    return make_tokenizer(bos_token="<bos>", chat_template=CHAT_TEMPLATE)
 
 
 @pytest.fixture(scope="session")
@@ -43,8 +86,9 @@ def documents(tokenizer):
 
 @pytest.fixture
 def data(tokenizer, documents):
-    """Those documents held out, and two more."""
-    more = [np.full(90, 40 + i, np.int32) for i in range(2)]
+    """Those documents held out, and two more: of one word, and of many."""
+    words = " ".join(f"w{i % 10}{'.' if i % 7 == 0 else ''}" for i in range(1000))
+    more = [np.full(90, 40, np.int32), np.array(tokenizer.encode(words), np.int32)]
     return SimpleNamespace(
         tokenizer=tokenizer, heldout_documents=lambda: documents, documents=lambda: [*documents, *more]
     )

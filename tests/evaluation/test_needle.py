@@ -12,6 +12,24 @@ TASK = Needle(
     opening=" The cat sleeps", answer="on a red sofa",
 )  # fmt: skip
 
+CASES = {
+    "needle": (
+        "single_needle",
+        {"lengths": [200, 400], "depths": [0.0, 1.0], "num_trials": 2, "needle": TASK.needle, "question": TASK.question,
+         "opening": TASK.opening, "answer": TASK.answer},
+    )
+}  # fmt: skip
+FIELDS = {
+    "depths": [0.0, 0.5], "num_trials": 3, "heldout": True, "chat_template": "default", "seed": 1,
+    "needle": "\nThe old cat sleeps on a red sofa.\n", "question": "\nWhere does it sleep?", "opening": " It sleeps",
+    "answer": "red sofa",
+}  # fmt: skip
+REFUSED = [
+    ({"lengths": [70, 400]}, "needle at length 70: a needle's prompt needs"),
+    ({"lengths": [200, 9000]}, "needle at length 9000 hides its needle in text of as many tokens"),
+    ({"chat_template": "tools"}, "chat_template=tools: the tokenizer has default"),
+]
+
 
 def test_an_oracle_recalls_everything(ask):
     result, prompts = ask(TASK, lambda text: re.search(r"sleeps( on.*\.)\n", text)[1] + " And")

@@ -15,6 +15,10 @@ TASK = Perplexity(
     lengths=[16, 48, 64], sequence_length=64, batch_tokens=None, num_tokens=384, stride=None, num_buckets=5
 )
 
+CASES = {"perplexity": ("perplexity", {"lengths": [16, 48, 64], "num_tokens": 384, "num_buckets": 5})}
+FIELDS = {"num_tokens": 64, "stride": 5, "num_buckets": 3}
+REFUSED = [({"lengths": [1024]}, "at least 1025 tokens, the longest has 700")]
+
 
 @torch.inference_mode()
 def naive(model, text, length, stride):
@@ -116,18 +120,6 @@ def test_refuses_settings(fields, message):
         replace(TASK, **fields)
 
 
-def test_refuses_documents_that_are_too_short(documents):
-    with pytest.raises(InputError, match="at least 1025 tokens, the longest has 700"):
-        replace(TASK, lengths=[1024]).check(documents, None)
+def test_refuses_no_documents():
     with pytest.raises(InputError, match="the longest has 0"):
         TASK.check([], None)
-
-
-def test_lengths_follow_the_sequence_length():
-    assert replace(TASK, lengths=None, sequence_length=4096).context_lengths == (512, 1024, 2048, 4096)
-
-
-def test_progress_adds_up(measure, documents):
-    task, units = replace(TASK, stride=8), []
-    measure(task, documents, advance=lambda _, num_units: units.append(num_units))
-    assert sum(units) == pytest.approx(task.num_units())

@@ -7,7 +7,7 @@ from lctrain.evaluation.recall_pictures import by_depth, heatmap
 def result(num_lengths, num_depths):
     depths = np.linspace(0, 1, num_depths).round(3)
     grid = {str(512 * (i + 1)): {str(depth): i / num_lengths for depth in depths} for i in range(num_lengths)}
-    return {"by_depth": grid, "num_trials": 3 * num_depths}
+    return {"by_depth": grid, "num_examples": 3 * num_depths}
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (4, 5), (10, 10), (40, 41)])
@@ -24,7 +24,7 @@ def test_heatmaps_have_one_colour_scale_and_numbers_that_fit(shape):
 
 def test_a_heatmap_shows_each_cell_where_it_is():
     grid = {"512": {"0.0": 1.0, "1.0": 0.25}, "1024": {"0.0": 0.5, "1.0": 0.0}}
-    axes = heatmap("needle", "after", {"by_depth": grid, "num_trials": 8}).axes[0]
+    axes = heatmap("needle", "after", {"by_depth": grid, "num_examples": 8}).axes[0]
     shown = {(text.get_position(), text.get_text()) for text in axes.texts}
     assert shown == {((0.5, 0.5), "100%"), ((0.5, 1.5), "25%"), ((1.5, 0.5), "50%"), ((1.5, 1.5), "0%")}
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0%", "100%"]

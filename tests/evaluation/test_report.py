@@ -1,11 +1,12 @@
 import json
 
 import numpy as np
+import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from lctrain.evaluation.pictures import column, draw, smooth
-from lctrain.evaluation.report import log_media, table, write_report
+from lctrain.evaluation.pictures import column, draw, score_by_length, smooth
+from lctrain.evaluation.report import Column, log_media, table, write_report
 
 RECALL = {"passkey_before.png", "passkey_after.png", "passkey_by_depth.png"}
 PICTURES = {"perplexity_by_length.png", "perplexity_by_position.png", "training.png", *RECALL}
@@ -15,10 +16,17 @@ HISTORY = [{"step": i, "loss": 3 - i / 20, "sequence_length": 512 if i < 10 else
 def result(explosion, recall):
     ranges = {"start": [0, 2048], "end": [2048, 4096], "perplexity": [9.0, 9.0 * explosion], "num_tokens": [1, 1]}
     return {
-        "perplexity": {"by_length": {"512": 9.5, "4096": 9.5 * explosion}, "by_position": ranges},
+        "perplexity": {
+            "metric": "perplexity",
+            "unit": "per token",
+            "by_length": {"512": 9.5, "4096": 9.5 * explosion},
+            "by_position": ranges,
+        },
         "passkey": {
+            "metric": "recall",
+            "unit": "share",
             "by_length": {"512": 1.0, "4096": recall},
-            "num_trials": 8,
+            "num_examples": 8,
             "by_depth": {"512": {"0.0": 1.0, "1.0": 1.0}, "4096": {"0.0": recall, "1.0": recall}},
         },
     }
@@ -55,12 +63,35 @@ def test_pictures_only_of_what_there_is(tmp_path):
     assert write_report(tmp_path, {}, config={})["details"] == {}
 
 
+def test_scores_are_drawn_with_their_intervals(tmp_path):
+    scores = {
+        "metric": "qa_f1",
+        "by_length": {"512": 0.5, "4096": 0.25},
+        "interval": {"512": (0.3, 0.6), "4096": (0.1, 0.9)},
+    }
+    axes = score_by_length("qa", {"before": scores, "after": scores}).axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["before", "after"]
+    for bars in axes.containers:
+        points, _, (ranges,) = bars.lines
+        assert [*map(list, points.get_data())] == [[512, 4096], [0.5, 0.25]]
+        assert np.array(ranges.get_segments())[:, :, 1] == pytest.approx(np.array([[0.3, 0.6], [0.1, 0.9]]))
+    assert [path.name for path in draw(tmp_path, {"model": {"qa": scores}})] == ["qa_by_length.png"]
+
+
 def test_table_shows_before_and_after_side_by_side():
     console = Console(width=100, record=True)
     console.print(table(RESULTS))
     lines = [line.replace("│", " ").split() for line in console.export_text().splitlines()]
     assert ["512", "9.50", "9.50", "100%", "100%"] in lines
     assert ["4k", "1,900.00", "4.75", "0%", "75%"] in lines
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1.0, "100%"), (0.955, "95.5%"), (1 / 3, "33.3%"), (0.0015, "0.15%"), (0.0, "0%")]
+)
+def test_shares_have_three_digits(value, text):
+    assert Column("ruler", "model", "share", {"512": value}).text(512) == text
+    assert Column("ruler", "model", "share", {"512": value}).text(1024) == "-"
 
 
 def test_wandb_gets_the_table_and_the_pictures(tmp_path):
@@ -72,7 +103,10 @@ def test_wandb_gets_the_table_and_the_pictures(tmp_path):
         "evaluation/by_cell",
         *(f"evaluation/{name.removesuffix('.png')}" for name in PICTURES),
     }
-    assert logged["evaluation/by_length"].data[1] == ["4k", "1,900.00", "4.75", "0%", "75%"]
+    by_length = logged["evaluation/by_length"]
+    assert by_length.columns[:2] == ["length (tokens)", "perplexity before (per token)"]
+    assert by_length.columns[-1] == "passkey after (share)"
+    assert by_length.data[1] == [4096, 1900.0, 4.75, 0.0, 0.75]
     assert logged["evaluation/by_cell"].data[-1] == ["after", "passkey", 4096, 1.0, 0.75]
     assert len(logged["evaluation/by_cell"].data) == 8
 

@@ -51,6 +51,7 @@ ATTENTIONS = ("attention", "attention@evaluation_attention")
 def shipped():
     given = {"model=scratch": " model.architecture={}", "data=hub": " data.name=x"}
     given |= {f"{group}=head_pattern": f" {group.partition('@')[2] or group}.path=x" for group in ATTENTIONS}
+    given |= {"evaluation=longbench_qa": " evaluation.longbench_qa.path=x"}
     given |= {f"data={name}": " data.path=x" for name in ("text", "jsonl", "chat")}
     for group, (_, choices) in config.groups("train").items():
         yield from (f"{group}={choice}" + given.get(f"{group}={choice}", "") for choice in choices)
