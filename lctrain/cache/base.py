@@ -22,7 +22,8 @@ from lctrain.kernels.one_query import Buffer
 class CachePolicy(ABC):
     """A policy that decides which earlier keys and values are kept and attended, and makes caches for `generate`."""
 
-    keeps_all: ClassVar[bool] = False  # True: nothing is forgotten, so any attention method may attend, not only full
+    decides: ClassVar[bool] = True  # False: the attention method decides what is seen, and need not be full attention
+    forgets_between_forwards: ClassVar[bool] = False  # True: a row that is read in one forward is seen in full
 
     @abstractmethod
     def new(self, model: PreTrainedModel, length: int | None = None) -> Cache:
@@ -34,7 +35,7 @@ class CachePolicy(ABC):
 
     @abstractmethod
     def num_bytes(self, config: PreTrainedConfig, length: int, batch_size: int, dtype: torch.dtype) -> int:
-        """Return the bytes that a cache made for `length` tokens takes, from the first token on."""
+        """Return the bytes that a cache made for `length` tokens takes when it has read them; never are they more."""
 
     def check(self, config: PreTrainedConfig, length: int | None = None) -> None:  # noqa: B027 - most fit always
         """Raise InputError if the policy does not fit the model, or rows of this length."""
@@ -57,7 +58,13 @@ class Store(State, ABC):
 
     `keys` and `values` are buffers [B, K, ≥ kept, D]. Any other tensor that a store keeps begins with the batch too:
     beams select rows of all of them, and a reset restores every attribute to its state before the first token.
+
+    A store answers two questions. `forgets`: whether it drops tokens, which can't be brought back then. `decides`:
+    whether it decides which kept tokens are seen; where it does not, any attention method may.
     """
+
+    forgets: ClassVar[bool] = True
+    decides: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
@@ -94,17 +101,12 @@ class Store(State, ABC):
     @property
     def can_crop(self) -> bool:
         """Return whether the last tokens can be taken back."""
-        return self.keeps_all and type(self).crop is not Store.crop
+        return not self.forgets and type(self).crop is not Store.crop
 
     @property
     def room(self) -> float:
         """Return the number of tokens that fit before a buffer must grow."""
         return inf
-
-    @property
-    def keeps_all(self) -> bool:
-        """Return whether nothing is forgotten, so that any attention method may attend."""
-        return False
 
 
 @torch.no_grad()

@@ -21,6 +21,9 @@ MIN_ROOM = 64  # tokens: the least that a full buffer grows by
 class AllKeys(Store):
     """A store whose buffers have room for more tokens, so that a new token does not copy all earlier ones."""
 
+    forgets: ClassVar[bool] = False
+    decides: ClassVar[bool] = False
+
     def __init__(self, reserve: int | None = None) -> None:
         super().__init__()
         self._reserve = reserve or 0
@@ -56,10 +59,6 @@ class AllKeys(Store):
     def room(self) -> int:
         return 0 if self.keys is None else self.keys.shape[2]
 
-    @property
-    def keeps_all(self) -> bool:
-        return True
-
 
 @dataclass(frozen=True, kw_only=True)
 class FullCache(CachePolicy):
@@ -68,7 +67,7 @@ class FullCache(CachePolicy):
     Layers with a window or a state of their own, and models that attend without lctrain, use transformers' caches.
     """
 
-    keeps_all: ClassVar[bool] = True
+    decides: ClassVar[bool] = False
 
     def new(self, model: PreTrainedModel, length: int | None = None) -> Cache:
         layers = DynamicCache(config=model.config.get_text_config()).layers

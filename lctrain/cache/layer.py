@@ -46,9 +46,9 @@ class CacheLayer(CacheLayerMixin):
         self._new = [part.store.twin() for part in parts]
 
     @property
-    def keeps_all(self) -> bool:
-        """Return whether no store forgets anything, so that the installed method decides what is seen."""
-        return all(part.store.keeps_all for part in self.parts)
+    def decides(self) -> bool:
+        """Return whether a store decides what is seen, so that the installed method can't."""
+        return any(part.store.decides for part in self.parts)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: stores allocate their buffers when they get the first keys."""
@@ -190,6 +190,9 @@ def require_full_layers(config: Any) -> None:
     windowed = "sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"
     kinds = getattr(text, "layer_types", None) or [windowed]
     if others := sorted({kind for kind in kinds if kind != "full_attention"}):
-        raise InputError(f"{text.model_type} has layers of {', '.join(others)}; their heads can't be made to stream")
+        raise InputError(
+            f"{text.model_type} has layers of {', '.join(others)}, and this cache serves full attention only; "
+            "use cache=full"
+        )
     if getattr(text, "attn_logit_softcapping", None):
-        raise InputError(f"{text.model_type} caps attention scores, which streaming heads can't; use cache=full")
+        raise InputError(f"{text.model_type} caps attention scores, which this cache can't; use cache=full")

@@ -18,8 +18,8 @@ def test_prompts_are_read_in_pieces_of_few_lengths(length, expected):
 def test_pieces_change_nothing(serving, ids, monkeypatch):
     tokens, mask = ids(2, 60), torch.ones(2, 60, dtype=torch.long)
     mask[1, :17] = 0
-    for positions in ("text", "cache"):
-        model, policy = serving("duo", positions=positions)
+    for name in ("duo", "duo in the cache"):
+        model, policy = serving(name)
         logits = []
         for few in (64, 4):
             monkeypatch.setattr(few_queries, "FEW", few)
