@@ -54,7 +54,8 @@ def read_rank(folder: Path, rank: int) -> dict[str, Any] | None:
 
 def read_parameters(folder: Path) -> dict[str, ParameterState]:
     """Return name → states of every parameter in the checkpoint, mapped into memory and read only when used."""
-    return {name: state for file in rank_files(folder) for name, state in _read(file)["parameters"].items()}
+    found = {name: state for file in rank_files(folder) for name, state in _read(file)["parameters"].items()}
+    return {_renamed(name): state for name, state in found.items()}
 
 
 def read_values(folder: Path) -> dict[str, Tensor]:
@@ -66,6 +67,11 @@ def check_names(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any
     """Raise InputError unless the checkpoint holds exactly the parameters that train."""
     if differ := sorted(found.keys() ^ wanted.keys()):
         raise InputError(f"{folder} was written with another tuning: {len(differ)} parameters differ, e.g. {differ[0]}")
+
+
+def _renamed(name: str) -> str:
+    """Return today's name of a parameter: DuoAttention's gates were parameters of the attention module itself."""
+    return name.replace("self_attn.head_gates", "self_attn.duo.head_gates")
 
 
 def _read(path: Path) -> dict[str, Any]:

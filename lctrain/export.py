@@ -20,6 +20,7 @@ from lctrain.errors import InputError
 from lctrain.folder import RunFolder, is_whole, whole_checkpoints
 from lctrain.heads import JSON, TSV, HeadPattern, architecture
 from lctrain.memory.savings import NOTHING
+from lctrain.model import learned
 from lctrain.model.recipe import ModelRecipe, PretrainedModel
 
 RECIPE = "lctrain.yaml"  # the resolved config of the run, in every exported folder
@@ -59,10 +60,7 @@ def export(run_dir: str, checkpoint: str, output: str, dtype: str = "auto", **he
         parameter.data.copy_(found[name])
     pattern = _head_pattern(model, recipe, {"run": run_dir, "checkpoint": path.name}, heads)
     merged = cast(PreTrainedModel, model.merge_and_unload() if isinstance(model, PeftModel) else model)
-    for name, _ in [*merged.named_parameters()]:  # plain transformers does not know the attention's own parameters
-        owner, _, leaf = name.rpartition(".")
-        if leaf in recipe.attention.learned():
-            delattr(merged.get_submodule(owner), leaf)
+    values = learned.take(merged, recipe.attention)
     merged.to(recipe.torch_dtype(recipe.config()) if dtype == "auto" else getattr(torch, dtype))
     aside = target.with_name(target.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -71,6 +69,8 @@ def export(run_dir: str, checkpoint: str, output: str, dtype: str = "auto", **he
     merged.save_pretrained(aside)
     recipe.tokenizer.save_pretrained(aside)
     (aside / RECIPE).write_text(OmegaConf.to_yaml(cfg))
+    if values:
+        learned.write(aside, values, cfg.attention)
     for weights in aside.glob("*.safetensors"):  # which safetensors makes readable by their owner only
         weights.chmod((aside / RECIPE).stat().st_mode)
     (aside / "README.md").write_text(_readme(cfg, path, pattern))

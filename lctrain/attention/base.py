@@ -1,19 +1,22 @@
-"""What attends to what. A masked method is one function over positions; every kernel runs that same function.
+"""Define the interface of an attention method.
 
-Shape legend: B batch, H query heads, K key-value heads, L queries, S keys, D head dim.
+A pattern is one function over positions, which every kernel runs. Any other method runs patterns, or masks that it
+makes from q and k, through the `Call` that it is given.
+
+Shape legend: B batch, H query heads, K key-value heads, L queries, S keys, E extra keys, D head dim.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lctrain.errors import InputError
-from lctrain.kernels.mask import Local, PositionMask
+from lctrain.kernels.mask import IndexMask, Local, PositionMask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,46 +32,117 @@ class Layout:
     device: torch.device | None = None  # where tensors that a pattern holds must be; None is the default
 
 
-Run = Callable[["MaskedAttention", Tensor, Tensor, Tensor], Tensor]
-"""(pattern, q_BHLD, k_BKSD, v_BKSD) -> [B, H, L, D]: attention under one pattern, on whatever kernel was chosen."""
-
 Bounds = tuple[float, float]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The tokens of one forward, whose keys there are; a few of them in sequence are the queries.
+
+    Tables are [B, S], on the device of the queries. Keys from `first_query + num_queries` on are room in a cache.
+    """
+
+    positions_BS: Tensor  # of each token in its document
+    documents_BS: Tensor  # the number of its document in the row; padding is a document of its own
+    first_query: int  # index among the keys
+    num_queries: int
+    shared: dict[Any, Any]  # results that one layer of a forward computes and the others use
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extra:
+    """Keys and values beside those of the tokens, such as summaries of segments, and which queries see them.
+
+    `visible` is (batch, query head, index of the query among the tokens, index of the extra key) -> may attend, for
+    tensors that broadcast. Here a method must itself keep queries from seeing later tokens and other documents.
+    """
+
+    k_BKED: Tensor
+    v_BKED: Tensor
+    visible: IndexMask
+
+
+class Call(ABC):
+    """One call of attention in one layer: what a method knows beside q, k and v, and how it attends."""
+
+    layout: Layout
+
+    @property
+    @abstractmethod
+    def rows(self) -> Rows:
+        """The tokens of the forward."""
+
+    @abstractmethod
+    def run(self, pattern: "MaskedAttention", q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> Tensor:
+        """Return attention under a static pattern, [B, H, L, D], at that pattern's own cost."""
+
+    @abstractmethod
+    def over(
+        self, visible: IndexMask, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, extra: Extra | None = None
+    ) -> Tensor:
+        """Return attention under a mask that depends on this forward, [B, H, L, D], with one softmax over all keys.
+
+        `visible` is (batch, query head, index of the query among the tokens, index of the key) -> may attend, for
+        tensors that broadcast. Causality, documents, padding and the model's own window are and-ed to it.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """The cost of attention that is no static pattern."""
+
+    keys: float  # keys that a query attends to, averaged over queries of a full row
+    other_flops: float = 0.0  # that a query and head take beside, such as those of choosing keys
+
+
 class Attention(ABC):
-    """What a model computes in place of full attention: one pattern, or something made from several."""
+    """What a model computes in place of full attention: one pattern, or anything made from q, k and v.
+
+    What a method learns is one child module of each layer's attention module, named like the method's file. It is made
+    before tuning, which always trains it, and exported and loaded with the model.
+    """
 
     supports_sequence_parallel: ClassVar[bool] = True  # the layout tells which heads are here
 
     @abstractmethod
-    def attend(
-        self, module: nn.Module, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, layout: Layout, run: Run
-    ) -> Tensor:
-        """The output [B, H, L, D] of one layer, whose attention module is `module`."""
+    def attend(self, module: nn.Module, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, call: Call) -> Tensor:
+        """Return the output [B, H, L, D] of one layer, whose attention module is `module`."""
 
     @abstractmethod
-    def parts(self, layout: Layout) -> Sequence[tuple["MaskedAttention", int]]:
-        """The patterns that `attend` runs in this layer, each with its number of query heads: what the layer costs."""
+    def parts(self, layout: Layout) -> Sequence[tuple["MaskedAttention | Cost", int]]:
+        """Return what `attend` runs in this layer, each with its number of query heads: what the layer costs."""
 
-    def equip(self, module: nn.Module, config: PreTrainedConfig) -> None:  # noqa: B027 - most learn nothing
-        """Register on a layer's attention module the parameters that the method brings, in fp32; `learned` names them.
+    @property
+    def name(self) -> str:
+        """Return the name of the method's file, which is also that of its child module."""
+        return type(self).__module__.rpartition(".")[2]
 
-        Comes before tuning, which decides whether they train, and on whatever device is current.
-        """
+    def child(self, config: PreTrainedConfig, layout: Layout) -> nn.Module | None:
+        """Return what the method learns in a layer, with parameters in fp32; None where it learns nothing."""
+        return None
 
-    def learned(self) -> Mapping[str, Bounds | None]:
-        """What `equip` registers, by name, and within which bounds it is kept after every optimizer step."""
+    @property
+    def learns(self) -> bool:
+        """Return whether the method has child modules."""
+        return type(self).child is not Attention.child
+
+    def owns(self, parameter_name: str) -> bool:
+        """Return whether a parameter of the model belongs to a child module of this method."""
+        return self.learns and self.name in parameter_name.split(".")
+
+    def bounds(self) -> Mapping[str, Bounds]:
+        """Return within which bounds parameters of the child are kept after every optimizer step, by name."""
         return {}
 
     def check(self, config: PreTrainedConfig, lengths: list[int]) -> None:  # noqa: B027 - most fit always
         """Raise InputError if the method does not fit the model, or rows of these lengths (ascending)."""
 
     def can_decode(self) -> bool:
-        """Whether the method is defined while the row's final length is not known."""
+        """Return whether the method is defined while the row's final length is not known."""
         return True
 
     def adapt_config(self, config: PreTrainedConfig) -> str | None:
-        """Write into the config what plain transformers can reproduce; returns what was replaced, for the log."""
+        """Write into the config what plain transformers can reproduce; return what was replaced, for the log."""
         return None
 
 
@@ -114,12 +188,10 @@ class MaskedAttention(Attention):
         groups = tuple(self.head_group(layout, layout.first_head + head) for head in range(num_heads))
         return groups if len(set(groups)) > 1 else groups[:1]
 
-    def attend(
-        self, module: nn.Module, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, layout: Layout, run: Run
-    ) -> Tensor:
-        return run(self, q_BHLD, k_BKSD, v_BKSD)
+    def attend(self, module: nn.Module, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, call: Call) -> Tensor:
+        return call.run(self, q_BHLD, k_BKSD, v_BKSD)
 
-    def parts(self, layout: Layout) -> Sequence[tuple["MaskedAttention", int]]:
+    def parts(self, layout: Layout) -> Sequence[tuple["MaskedAttention | Cost", int]]:
         return [(self, layout.num_attention_heads)]
 
 

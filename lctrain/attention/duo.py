@@ -9,12 +9,28 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from lctrain.attention.base import Attention, Bounds, Layout, MaskedAttention, Run
+from lctrain.attention.base import Attention, Bounds, Call, Layout, MaskedAttention
 from lctrain.attention.full import FullAttention
 from lctrain.attention.streaming import StreamingAttention
 from lctrain.errors import InputError
 
-GATES = "head_gates"  # the parameter of an attention module, [key-value heads]
+GATES = "duo.head_gates"  # the parameter of an attention module, [key-value heads]
+
+
+class Gates(nn.Module):
+    """The gates of one layer, and how they mix the outputs of its two branches."""
+
+    def __init__(self, num_key_value_heads: int, initial_gate: float) -> None:
+        super().__init__()
+        self.head_gates = nn.Parameter(torch.full((num_key_value_heads,), initial_gate, dtype=torch.float32))
+
+    def forward(self, full_BHLD: Tensor, streaming_BHLD: Tensor, layout: Layout) -> Tensor:
+        """Return both branches mixed, for the heads that are here."""
+        gates_H = self.head_gates.repeat_interleave(layout.num_attention_heads // layout.num_key_value_heads)
+        gates_h = gates_H[layout.first_head : layout.first_head + full_BHLD.shape[1]]
+        mix = _compiled() if full_BHLD.is_cuda else _mix
+        mixed_BLHD: Tensor = mix(gates_h, full_BHLD.transpose(1, 2), streaming_BHLD.transpose(1, 2))
+        return mixed_BLHD.transpose(1, 2)
 
 
 def _mix(gates_H: Tensor, full_BLHD: Tensor, streaming_BLHD: Tensor) -> Tensor:
@@ -37,7 +53,7 @@ class DuoAttention(Attention):
     `initial_gate` is what gates start from, `clamp` keeps them within 0 and 1 after each optimizer step.
 
     Deviations: the authors' streaming kernel counts blocks of 128 tokens, this one tokens; they clamp before a step
-    instead of behind it, so that what they write can lie outside.
+    instead of after it, so that what they write can lie outside.
     """
 
     num_sink_tokens: int
@@ -60,30 +76,19 @@ class DuoAttention(Attention):
         """The branch of sinks and recent tokens."""
         return StreamingAttention(num_sink_tokens=self.num_sink_tokens, recent_size=self.recent_size)
 
-    def attend(
-        self, module: nn.Module, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, layout: Layout, run: Run
-    ) -> Tensor:
-        full, streaming = (run(pattern, q_BHLD, k_BKSD, v_BKSD) for pattern in (self.full, self.streaming))
-        return self.mix(module, full, streaming, layout)
-
-    def mix(self, module: nn.Module, full_BHLD: Tensor, streaming_BHLD: Tensor, layout: Layout) -> Tensor:
-        """Both branches by the gates of `module`, for the heads that are here."""
-        gates_K = module.get_parameter(GATES)
-        gates_H = gates_K.repeat_interleave(layout.num_attention_heads // gates_K.numel())
-        gates_h = gates_H[layout.first_head : layout.first_head + full_BHLD.shape[1]]
-        mix = _compiled() if full_BHLD.is_cuda else _mix
-        mixed_BLHD: Tensor = mix(gates_h, full_BHLD.transpose(1, 2), streaming_BHLD.transpose(1, 2))
-        return mixed_BLHD.transpose(1, 2)
+    def attend(self, module: nn.Module, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, call: Call) -> Tensor:
+        full, streaming = (call.run(pattern, q_BHLD, k_BKSD, v_BKSD) for pattern in (self.full, self.streaming))
+        mixed: Tensor = module.get_submodule(self.name)(full, streaming, call.layout)
+        return mixed
 
     def parts(self, layout: Layout) -> Sequence[tuple[MaskedAttention, int]]:
         return [(self.full, layout.num_attention_heads), (self.streaming, layout.num_attention_heads)]
 
-    def equip(self, module: nn.Module, config: PreTrainedConfig) -> None:
-        gates_K = torch.full((config.num_key_value_heads,), self.initial_gate, dtype=torch.float32)
-        module.register_parameter(GATES, nn.Parameter(gates_K))
+    def child(self, config: PreTrainedConfig, layout: Layout) -> nn.Module:
+        return Gates(config.num_key_value_heads, self.initial_gate)
 
-    def learned(self) -> Mapping[str, Bounds | None]:
-        return {GATES: (0.0, 1.0) if self.clamp else None}
+    def bounds(self) -> Mapping[str, Bounds]:
+        return {"head_gates": (0.0, 1.0)} if self.clamp else {}
 
     def check(self, config: PreTrainedConfig, lengths: list[int]) -> None:
         if self.num_sink_tokens + self.recent_size >= lengths[-1]:

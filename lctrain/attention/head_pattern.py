@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from lctrain.attention.base import Attention, Layout, MaskedAttention, Run
+from lctrain.attention.base import Attention, Call, Layout, MaskedAttention
+from lctrain.attention.by_head import PatternOf, attend_by_head, parts_by_head
 from lctrain.attention.full import FullAttention
 from lctrain.attention.streaming import StreamingAttention
 from lctrain.heads import HeadPattern
@@ -18,7 +18,7 @@ from lctrain.heads import HeadPattern
 class HeadPatternAttention(Attention):
     """What DuoAttention deploys (Xiao et al., arXiv:2410.10819, §2.4): each head either retrieves or streams.
 
-    Heads are split, and each pattern runs at its own cost. `path` is a pattern's JSON, TSV or an exported folder.
+    Each pattern runs at its own cost. `path` is a pattern's JSON, TSV or an exported folder.
     What is not null replaces what the file says: which heads stream, by the `threshold` of their gates or by the
     `streaming_share` of all heads, and what those keep.
     """
@@ -44,30 +44,15 @@ class HeadPatternAttention(Attention):
         """What streaming heads see."""
         return StreamingAttention(num_sink_tokens=self.pattern.num_sink_tokens, recent_size=self.pattern.recent_size)
 
-    def attend(
-        self, module: nn.Module, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, layout: Layout, run: Run
-    ) -> Tensor:
-        num_kv_heads = k_BKSD.shape[1]
-        width = q_BHLD.shape[1] // num_kv_heads  # query heads that share a key-value head here
-        by_head = q_BHLD.split(width, 1), k_BKSD.split(1, 1), v_BKSD.split(1, 1)
-        out: dict[int, Tensor] = {}
-        for pattern, heads in self._assignment(layout, [layout.first_head + i * width for i in range(num_kv_heads)]):
-            q, k, v = (torch.cat([x[head] for head in heads], dim=1) for x in by_head)
-            out |= zip(heads, run(pattern, q, k, v).split(width, 1), strict=True)
-        return torch.cat([out[head] for head in range(num_kv_heads)], dim=1)
+    def attend(self, module: nn.Module, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, call: Call) -> Tensor:
+        return attend_by_head(self._patterns(call.layout.layer_idx), q_BHLD, k_BKSD, v_BKSD, call)
 
     def parts(self, layout: Layout) -> Sequence[tuple[MaskedAttention, int]]:
-        width = layout.num_attention_heads // layout.num_key_value_heads
-        assignment = self._assignment(layout, range(0, layout.num_attention_heads, width))
-        return [(pattern, len(heads) * width) for pattern, heads in assignment]
+        return parts_by_head(self._patterns(layout.layer_idx), layout)
 
-    def _assignment(self, layout: Layout, query_heads: Sequence[int]) -> list[tuple[MaskedAttention, list[int]]]:
-        """The patterns that some of the heads run, which are given by their (global) query heads, and which of them."""
-        width = layout.num_attention_heads // layout.num_key_value_heads
-        retrieves = self.pattern.retrieval_heads[layout.layer_idx].tolist()
-        chosen = [retrieves[head // width] for head in query_heads]
-        patterns = ((FullAttention(), True), (self.streaming, False))
-        return [(p, [i for i, full in enumerate(chosen) if full == kind]) for p, kind in patterns if kind in chosen]
+    def _patterns(self, layer_idx: int) -> PatternOf:
+        retrieves = self.pattern.retrieval_heads[layer_idx].tolist()
+        return lambda kv_head: FullAttention() if retrieves[kv_head] else self.streaming
 
     def check(self, config: PreTrainedConfig, lengths: list[int]) -> None:
         self.pattern.check(config, lengths[-1])

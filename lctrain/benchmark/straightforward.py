@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lctrain.attention.base import Layout, Run
+from lctrain.attention.base import Call
 from lctrain.attention.duo import DuoAttention
 from lctrain.kernels.base import Demand, Kernel
 from lctrain.kernels.mask import Mask
@@ -43,13 +43,16 @@ class DenseKernel(Kernel):
 class ConcatenatedDuoAttention(DuoAttention):
     """DuoAttention with [full; mixed] in one batch, as in the authors' code: the teacher's rows are the first half."""
 
-    def attend(
-        self, module: nn.Module, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, layout: Layout, run: Run
-    ) -> Tensor:
-        full = run(self.full, q_BHLD, k_BKSD, v_BKSD)
+    @property
+    def name(self) -> str:
+        return "duo"  # as the module that it mixes by
+
+    def attend(self, module: nn.Module, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, call: Call) -> Tensor:
+        full = call.run(self.full, q_BHLD, k_BKSD, v_BKSD)
         mixed = slice(q_BHLD.shape[0] // 2, None)
-        streaming = run(self.streaming, q_BHLD[mixed], k_BKSD[mixed], v_BKSD[mixed])
-        return torch.cat([full[: mixed.start], self.mix(module, full[mixed], streaming, layout)])
+        streaming = call.run(self.streaming, q_BHLD[mixed], k_BKSD[mixed], v_BKSD[mixed])
+        mix = module.get_submodule(self.name)
+        return torch.cat([full[: mixed.start], mix(full[mixed], streaming, call.layout)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Load a folder as a model that generates, together with the cache policy that belongs to it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -12,6 +13,7 @@ from lctrain.cache.duo import DuoCache
 from lctrain.cache.full import FullCache
 from lctrain.config import compose
 from lctrain.heads import JSON, TSV, HeadPattern
+from lctrain.model.learned import method_of
 from lctrain.model.recipe import PretrainedModel
 
 
@@ -23,18 +25,22 @@ def load(
     dtype: str = "auto",
     kernel: str = "auto",
 ) -> tuple[PreTrainedModel, CachePolicy]:
-    """Return the model in `path` with lctrain's attention, and its cache policy.
+    """Return the model in `path` with the attention that it learned or else full attention, and its cache policy.
 
     `model.generate(**inputs, past_key_values=policy.new(model))` runs the model.
-    Without `cache`, a folder with a head pattern is served with DuoAttention's cache, any other with a full one.
+    Without `cache`, a folder with a head pattern is served with DuoAttention's cache and full attention, any other with
+    a cache that keeps all.
     `path` is a folder in Hugging Face format or a hub id. Raises InputError before weights are read.
     """
     cfg = compose("evaluate")  # full attention, positions as the folder has them
     cfg.model.path, cfg.model.dtype, cfg.kernel = str(path), dtype, kernel
     recipe: PretrainedModel = instantiate(cfg.model, _convert_="all")
     policy = cache or _policy(Path(path))
+    method = method_of(Path(path))
+    if method is not None and not policy.decides:
+        recipe = replace(recipe, attention=method)
     policy.check(recipe.config())
-    recipe.check([1], torch.device(device).type)
+    recipe.check([recipe.sequence_length], torch.device(device).type)
     return cast(PreTrainedModel, recipe.build(device).eval()), policy
 
 

@@ -27,7 +27,7 @@ def check_teacher(recipe: ModelRecipe) -> None:
     if isinstance(recipe.attention, FullAttention):
         raise InputError("attention=full is the teacher of distillation and can't be the student; choose another")
     trained = [name for name, p in recipe.skeleton(recipe.config()).named_parameters() if p.requires_grad]
-    own = [n for n in trained if ".lora_" not in n and n.rpartition(".")[2] not in recipe.attention.learned()]
+    own = [name for name in trained if ".lora_" not in name and not recipe.attention.owns(name)]
     if own:
         raise InputError(
             f"distillation needs a teacher that stays as it is, and this tuning trains {len(own)} of the model's own "

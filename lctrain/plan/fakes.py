@@ -4,13 +4,15 @@ Shape legend: B rows, H query heads, K key-value heads, L tokens, D head dim.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lctrain.attention.base import Attention, MaskedAttention
+from lctrain.attention.base import Attention, Call, Extra, Layout, MaskedAttention, Rows
+from lctrain.kernels.mask import IndexMask
 from lctrain.memory.recall import attend_once
 from lctrain.model.layers import LayerKernels
 from lctrain.parallel.ulysses import Ulysses
@@ -53,9 +55,7 @@ def attend_by(method: Attention, length: int, sequence_parallel_size: int) -> Ca
     query.
     """
     ulysses = FakeUlysses(sequence_parallel_size) if sequence_parallel_size > 1 else None
-
-    def run(pattern: MaskedAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend_once(_FusedAttention.apply, q, k, v)
+    shared: dict[Any, Any] = {}
 
     def attend(
         module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, first_head: int = 0, **_: Any
@@ -65,12 +65,42 @@ def attend_by(method: Attention, length: int, sequence_parallel_size: int) -> Ca
         layout = replace(layer_layout(module.config, length, module.layer_idx), first_head=first_head)
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return method.attend(module, q, k, v, layout, run)
+            return method.attend(module, q, k, v, FakeCall(layout, q.shape[0], shared))
 
         out = attention(q, k, v) if ulysses is None else ulysses.attend(attention, q, k, v)
         return out.transpose(1, 2), None
 
     return attend
+
+
+@dataclass(frozen=True)
+class FakeCall(Call):
+    """A call in which a fake fused kernel attends, over rows of one document each."""
+
+    layout: Layout
+    batch: int
+    shared: dict[Any, Any]
+
+    @cached_property
+    def rows(self) -> Rows:
+        length = self.layout.length
+        return Rows(
+            positions_BS=torch.arange(length).expand(self.batch, -1),
+            documents_BS=torch.zeros(length, dtype=torch.int64).expand(self.batch, -1),
+            first_query=0,
+            num_queries=length,
+            shared=self.shared,
+        )
+
+    def run(self, pattern: MaskedAttention, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> Tensor:
+        return attend_once(_FusedAttention.apply, q_BHLD, k_BKSD, v_BKSD)
+
+    def over(
+        self, visible: IndexMask, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, extra: Extra | None = None
+    ) -> Tensor:
+        if extra is not None:
+            k_BKSD, v_BKSD = torch.cat((extra.k_BKED, k_BKSD), 2), torch.cat((extra.v_BKED, v_BKSD), 2)
+        return attend_once(_FusedAttention.apply, q_BHLD, k_BKSD, v_BKSD)
 
 
 class _FusedAttention(torch.autograd.Function):

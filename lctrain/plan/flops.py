@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from lctrain.attention.base import Attention, Layout, MaskedAttention
+from lctrain.attention.base import Attention, Cost, Layout, MaskedAttention
 from lctrain.attention.full import FullAttention
 from lctrain.attention.identity import kind
 from lctrain.plan.cards import CARDS
@@ -125,6 +125,9 @@ def attention_flops(config: Any, method: Attention, length: int) -> float:
     pairs = 0.0  # the number of keys that a query sees, summed over heads and layers
     for layer in range(config.num_hidden_layers):
         for pattern, num_heads in method.parts(layer_layout(config, length, layer)):
+            if isinstance(pattern, Cost):
+                pairs += num_heads * (pattern.keys + pattern.other_flops / (4 * head_dim))
+                continue
             key = kind(pattern), pattern.layer_group(layer), own_window(config, layer)
             if key not in seen:
                 seen[key] = visible_keys(pattern, config, length, layer)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from lctrain.attention.base import Attention
+from lctrain.attention.base import Attention, Cost
 from lctrain.attention.identity import kind
 from lctrain.errors import InputError
 from lctrain.kernels.block_mask import BLOCK, MAX_LIST_BYTES
@@ -125,6 +125,9 @@ def _masks(config: Any, method: Attention, step: Step, savings: Savings, itemsiz
     for layer in range(config.num_hidden_layers):
         layout = layer_layout(config, step.length, layer)
         for pattern, num_heads in method.parts(layout):
+            if isinstance(pattern, Cost):  # a mask made from q and k, which the layer keeps to its backward
+                grids[layer] = step.rows * num_heads // step.sequence_parallel_size
+                continue
             share, seen = max(1, num_heads // num_shares), kind(pattern)
             for first in range(0, num_heads, share):
                 here = max(1, share // step.sequence_parallel_size)

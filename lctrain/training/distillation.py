@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lctrain.attention.duo import GATES
+from lctrain.attention.duo import DuoAttention
 from lctrain.errors import InputError
 from lctrain.kernels.linear_kl import linear_kl
 from lctrain.model.head import IGNORED, hidden_states, softcap, unwrap
@@ -54,7 +54,7 @@ class Distillation(Objective):
             raise InputError(f"objective.gate_reduction={self.gate_reduction} is neither sum nor mean")
         if not 0 <= self.gate_weight < inf:
             raise InputError(f"objective.gate_weight={self.gate_weight} must be a number that is not negative")
-        if self.gate_weight and GATES not in recipe.attention.learned():
+        if self.gate_weight and not isinstance(recipe.attention, DuoAttention):
             raise InputError(
                 f"objective.gate_weight={self.gate_weight} weighs the gates of attention=duo, and "
                 f"{type(recipe.attention).__name__} has none; set it to 0"

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from lctrain.attention.base import Attention
-from lctrain.attention.duo import GATES
+from lctrain.attention.duo import GATES, DuoAttention
 from lctrain.errors import InputError
 from lctrain.evaluation.style import STYLE
 from lctrain.model.head import unwrap
@@ -47,7 +47,7 @@ class Gates(Callback):
 
     def check(self, attention: Attention) -> None:
         """Raise InputError if the attention has no gates to record."""
-        if GATES not in attention.learned():
+        if not isinstance(attention, DuoAttention):
             raise InputError("callbacks=gates records the gates of attention=duo; this attention has none")
 
     def on_train_batch_end(

@@ -101,9 +101,9 @@ class LongContextModule(LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take the optimizer step, then clamp what the method learns to its bounds."""
         super().optimizer_step(*args, **kwargs)
-        strategy, bounds = cast(ShardedCheckpoints, self.trainer.strategy), self.recipe.attention.learned()
+        strategy, method = cast(ShardedCheckpoints, self.trainer.strategy), self.recipe.attention
         for name, parameter in strategy.trained().items():
-            if (within := bounds.get(name.rpartition(".")[2])) is not None:
+            if method.owns(name) and (within := method.bounds().get(name.rpartition(".")[2])) is not None:
                 strategy.load_parameter(parameter, {VALUE: strategy.whole(parameter).clamp(*within)})
 
     def on_validation_epoch_start(self) -> None:

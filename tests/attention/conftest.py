@@ -3,6 +3,8 @@
 A method's own test file declares `CASES`: name → (yaml, fields that shrink it, pattern written from the paper:
 (layer, query head of 4, query position, key position, length) -> may attend). A method made of several patterns
 declares a list of (weight, pattern) instead, where weight(module, query head) may depend on what the module learned.
+Any other method declares {"attend": function}, which computes (module, q, k, v, scaling) -> [B, H, L, D] of rows of one
+document, token by token. Names in `DEPENDS_ON_LENGTH` are of cases whose pattern depends on the row's length.
 """
 
 import runpy
@@ -17,19 +19,21 @@ from lctrain.config import conf_dir
 from lctrain.model.install import attention_modules, install
 
 FILES = sorted(path for path in Path(__file__).parent.glob("test_*.py") if path.stem != "test_methods")
-CASES = {name: case for path in FILES for name, case in runpy.run_path(str(path)).get("CASES", {}).items()}
+DECLARED = [runpy.run_path(str(path)) for path in FILES]
+CASES = {name: case for file in DECLARED for name, case in file.get("CASES", {}).items()}
+FIXED = [name for name in CASES if not any(name in file.get("DEPENDS_ON_LENGTH", ()) for file in DECLARED)]
+
+
+def method(name, **changes):
+    """An attention method by a name above, or by its yaml, with other fields."""
+    yaml, fields, _ = CASES.get(name, (name, {}, None))
+    config = OmegaConf.to_container(OmegaConf.load(conf_dir() / "attention" / f"{yaml}.yaml"))
+    return get_class(config.pop("_target_"))(**config | fields | changes)
 
 
 @pytest.fixture(scope="session")
 def method_of():
-    """Attention methods by the names above, or by yaml with other fields."""
-
-    def make(name, **changes):
-        yaml, fields, _ = CASES.get(name, (name, {}, None))
-        config = OmegaConf.to_container(OmegaConf.load(conf_dir() / "attention" / f"{yaml}.yaml"))
-        return get_class(config.pop("_target_"))(**config | fields | changes)
-
-    return make
+    return method
 
 
 @pytest.fixture(scope="session")
@@ -38,9 +42,9 @@ def attending(tiny, method_of):
 
     def make(name, kernel="sdpa", **changes):
         model = tiny("llama", **changes)
-        method = method_of(name) if isinstance(name, str) else name
-        install(model, method, kernel)
-        set_learned(model, method)
+        chosen = method_of(name) if isinstance(name, str) else name
+        install(model, chosen, kernel)
+        set_learned(model, chosen)
         return model
 
     return make
@@ -49,5 +53,5 @@ def attending(tiny, method_of):
 def set_learned(model, method):
     """Gives what the method learned values that differ from layer to layer and head to head."""
     for layer, module in enumerate(attention_modules(model)):
-        for learned in map(module.get_parameter, method.learned()):
-            learned.data = torch.linspace(0.25, 0.75, learned.numel()) + 0.125 * layer
+        for learned in getattr(module, method.name).parameters() if method.learns else []:
+            learned.data = (torch.linspace(0.25, 0.75, learned.numel()) + 0.125 * layer).view_as(learned)

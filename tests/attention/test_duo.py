@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -9,7 +11,7 @@ from lctrain.model.install import attention_modules, install
 
 
 def gate(module, h):
-    return module.head_gates[h // 2]
+    return module.duo.head_gates[h // 2]
 
 
 CASES = {
@@ -65,7 +67,8 @@ def test_gates_keep_their_gradient_beside_bf16(tiny, method_of):
     branches = {method.full: (streaming + 0.25).bfloat16(), method.streaming: streaming.bfloat16()}
     layout = Layout(length=4096, num_attention_heads=4, num_key_value_heads=2, layer_idx=0)
     q = streaming.bfloat16()
-    out = method.attend(module, q, q[:, :2], q[:, :2], layout, lambda pattern, *_: branches[pattern])
+    call = SimpleNamespace(layout=layout, run=lambda pattern, *_: branches[pattern])
+    out = method.attend(module, q, q[:, :2], q[:, :2], call)
     out.sum().backward()
     exact = branches[method.full].double() - branches[method.streaming].double()
     expected = exact.sum((0, 2, 3)).view(2, 2).sum(1).float()
@@ -81,7 +84,8 @@ def test_ranks_that_share_a_row_take_the_gates_of_their_heads(method_of, tiny):
     q, k = torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 5, 8)
     layout = Layout(length=5, num_attention_heads=8, num_key_value_heads=4, layer_idx=0, first_head=4)
     ran = {True: torch.ones(1, 4, 5, 8), False: torch.zeros(1, 4, 5, 8)}
-    out = method.attend(module, q, k, k, layout, lambda pattern, *_: ran[pattern == method.full])
+    call = SimpleNamespace(layout=layout, run=lambda pattern, *_: ran[pattern == method.full])
+    out = method.attend(module, q, k, k, call)
     assert out[0, :, 0, 0].tolist() == [0.5, 0.5, 1.0, 1.0]
 
 

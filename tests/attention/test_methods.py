@@ -10,18 +10,17 @@ import torch
 from transformers import AttentionInterface, StaticCache
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
-from lctrain.attention.base import Layout
+from lctrain.attention.base import Layout, MaskedAttention
 from lctrain.config import conf_dir
 from lctrain.errors import InputError
 from lctrain.kernels.interval import Blocks
 from lctrain.kernels.mask import Mask
-from lctrain.model.install import attention_modules, install
+from lctrain.model.install import equip, install
 
 BESIDE = runpy.run_path(str(Path(__file__).with_name("conftest.py")))
-CASES, set_learned = BESIDE["CASES"], BESIDE["set_learned"]
+CASES, FIXED, set_learned = BESIDE["CASES"], BESIDE["FIXED"], BESIDE["set_learned"]
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=5e-5)
 METHODS = list(CASES)
-FIXED = [name for name in METHODS if name != "s2 ratio"]  # patterns that do not depend on the row's length
 
 
 def naive_attention(parts):
@@ -42,14 +41,23 @@ def naive_attention(parts):
     return attend
 
 
+def own_attention(attend):
+    """What a method declares of itself."""
+    return lambda module, q, k, v, mask, scaling, **_: (attend(module, q, k, v, scaling).transpose(1, 2), None)
+
+
 def naive(model, name, method):
     """The model in fp64 with the loop above, and what the method learned."""
     case = CASES[name][2]
-    AttentionInterface.register("naive", naive_attention(case if isinstance(case, list) else [(lambda *_: 1, case)]))
+    AttentionInterface.register(
+        "naive",
+        own_attention(case["attend"])
+        if isinstance(case, dict)
+        else naive_attention(case if isinstance(case, list) else [(lambda *_: 1, case)]),
+    )
     AttentionMaskInterface.register("naive", lambda **_: None)
     model.set_attn_implementation("naive")
-    for module in attention_modules(model):
-        method.equip(module, model.config)
+    equip(model, method)
     set_learned(model, method)
     return model.double()
 
@@ -92,7 +100,8 @@ def layout_of(layer=0, length=40):
 
 def patterns(method):
     """Those of all layers of which the method is made."""
-    return [(pattern, layer) for layer in (0, 1) for pattern, _ in method.parts(layout_of(layer))]
+    parts = [(part, layer) for layer in (0, 1) for part, _ in method.parts(layout_of(layer))]
+    return [(part, layer) for part, layer in parts if isinstance(part, MaskedAttention)]
 
 
 @pytest.mark.parametrize("documents", [[40], [17, 1, 22]], ids=["alone", "packed"])

@@ -10,6 +10,7 @@ def group(position, head, size):
     return position // size if head < 2 else (position + size // 2) // size
 
 
+DEPENDS_ON_LENGTH = ["s2 ratio"]
 CASES = {
     "s2 size": (
         "shifted_sparse",

@@ -5,14 +5,17 @@ import signal
 from dataclasses import replace
 
 import pytest
+from transformers import AutoConfig
 
 from lctrain import config
+from lctrain.attention.full import FullAttention
+from lctrain.cache.h2o import H2OCache
 from lctrain.errors import InputError, Stopped
 from lctrain.evaluation.journal import Journal
 from lctrain.evaluation.passkey import Passkey
 from lctrain.evaluation.perplexity import Perplexity
 from lctrain.evaluation.reader import Reader
-from lctrain.evaluation.run import evaluate, main
+from lctrain.evaluation.run import check_cache, evaluate, main
 
 TASKS = {
     "perplexity": Perplexity(
@@ -142,7 +145,6 @@ REFUSALS = {
     "cache=streaming": "= 2052 is all of 128 tokens; use cache=full",
     f"{STREAMING} attention=sliding_window attention.sliding_window=16": "StreamingCache decides .* instead of Sliding",
     f"{STREAMING} rope=dynamic rope.factor=2": "rope_type=dynamic .* use cache.positions=text",
-    "cache=h2o cache.budget=64 cache.recent_size=32": "forgets between forwards, and this task reads a row in one",
     "cache=duo": "is no head pattern; give head_pattern.json",
 }
 
@@ -152,6 +154,14 @@ def test_refusals_come_before_anything_is_written(evaluation, tmp_path, override
     with pytest.raises(InputError, match=REFUSALS[override]):
         explained(evaluation("run", *override.split()))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_that_evicts_shows_in_perplexity_only_if_rows_are_read_in_chunks(saved):
+    cache, config = H2OCache(budget=8, recent_size=4, pyramid_beta=1.0), AutoConfig.from_pretrained(saved("llama"))
+    check_cache(cache, FullAttention(), config, TASKS["perplexity"], chunk_size=16)
+    check_cache(cache, FullAttention(), config, TASKS["passkey"])  # is evicted before it answers
+    with pytest.raises(InputError, match="forgets between forwards, and this task reads a row in one"):
+        check_cache(cache, FullAttention(), config, TASKS["perplexity"])
 
 
 def explained(cfg):

@@ -180,8 +180,8 @@ class Choosing(Attention):
     def __init__(self, pattern):
         self.pattern = pattern
 
-    def attend(self, module, q, k, v, layout, run):
-        return run(self.pattern(largest_S(k)), q, k, v)
+    def attend(self, module, q, k, v, call):
+        return call.run(self.pattern(largest_S(k)), q, k, v)
 
     def parts(self, layout):
         raise NotImplementedError

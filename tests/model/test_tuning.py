@@ -39,7 +39,7 @@ def test_full(tiny):
 def test_gates_train_alone(recipe):
     duo = DuoAttention(num_sink_tokens=2, recent_size=4, initial_gate=1.0, clamp=True)
     gates = recipe("llama", attention=duo, tuning=tuning_of("gates")).build()
-    assert trainable(gates) == {f"model.layers.{layer}.self_attn.head_gates": 2 for layer in (0, 1)}
+    assert trainable(gates) == {f"model.layers.{layer}.self_attn.duo.head_gates": 2 for layer in (0, 1)}
     lora = recipe("llama", attention=duo, tuning=tuning_of("lora", trainable=["head_gates"])).build()
     assert len(trainable(lora)) == ADAPTERS + 2
 

@@ -18,7 +18,7 @@ from lctrain.config import compose
 from lctrain.errors import InputError
 from lctrain.memory.savings import NOTHING
 from lctrain.model.head import unwrap
-from lctrain.model.install import attention_modules
+from lctrain.model.install import equip
 from lctrain.model.tuning import FullTuning, LoRATuning, ModuleTuning, Tuning
 from lctrain.plan.flops import training_flops
 from lctrain.plan.memory import Memory, StepMemory
@@ -62,8 +62,7 @@ def memory(
     given = {"rows": 1, "length": LENGTH, "kernel": "flex", "autocast": False, "num_devices": 1} | step
     method = method or FullAttention()
     with torch.device("meta"):
-        for module in attention_modules(unwrap(model)):
-            method.equip(module, model.config)
+        equip(unwrap(model), method)
     return StepMemory(model, method, Step(**given), optimizer)(NOTHING)
 
 

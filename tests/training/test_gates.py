@@ -71,13 +71,6 @@ def test_the_picture_names_its_axes_and_keeps_its_scale():
     assert not axes.texts  # 256 numbers are none
 
 
-@pytest.mark.parametrize("tuning", ["lora", "modules"])
-def test_gates_that_nothing_trains_are_refused(run, tmp_path, tuning):
-    with pytest.raises(InputError, match=r"head_gates of DuoAttention would stay as they begin .* use tuning=gates"):
-        run(*DUO, f"tuning={tuning}", "objective=causal_lm", "callbacks=default")
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("fields", [{"threshold": 1.5}, {"every_num_steps": 0}])
 def test_settings_without_meaning_are_refused(fields, tmp_path):
     with pytest.raises(InputError, match=f"{next(iter(fields))}="):
