@@ -1,7 +1,9 @@
 """What is exported is the model that was trained, and plain transformers runs it."""
 
 import json
+import runpy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,18 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lctrain.attention.head_pattern import HeadPatternAttention
+from lctrain.attention.hierarchical_windows import HierarchicalWindows
 from lctrain.checkpoint import read_values
 from lctrain.errors import InputError
 from lctrain.export import export
 from lctrain.heads import JSON, HeadPattern
+from lctrain.memory.savings import NOTHING
 from lctrain.model.install import install
+from lctrain.model.learned import METHOD, method_of, values_for
+from lctrain.model.recipe import PretrainedModel
 from lctrain.model.serve import load
+from lctrain.model.tuning import Frozen
+from lctrain.rope.none import NoScaling
 
 IDS = torch.randint(3, 64, (2, 64), generator=torch.Generator().manual_seed(1))
 
@@ -165,6 +173,49 @@ def test_an_export_that_fails_leaves_the_earlier_one(trained, reloaded, monkeypa
     assert (folder / "model.safetensors").read_bytes() == before
     reloaded()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+BESIDE = runpy.run_path(str(Path(__file__).parent / "attention" / "conftest.py"))
+LEARNED = {name: (yaml, fields) for name, (yaml, fields, _) in BESIDE["CASES"].items() if BESIDE["method"](name).learns}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_what_a_method_learned_comes_with_the_export(trained, reloaded, saved, name):
+    """For every method that learns: the folder's weights and method give the trained model, also when served."""
+    yaml, fields = LEARNED[name]
+    overrides = [f"++attention.{field}={json.dumps(value)}" for field, value in fields.items()]
+    trained(f"attention={yaml}", *overrides, "tuning=lora")
+    folder = reloaded()[1]
+    recipe = PretrainedModel(
+        path=str(folder), revision="main", use_safetensors=True, trust_remote_code=False, attention=method_of(folder),
+        rope=NoScaling(), tuning=Frozen(), sequence_length=64, kernel="auto", layer_kernel="plain", dtype="auto",
+        precision=None, memory=NOTHING,
+    )  # fmt: skip
+    model = recipe.build().eval()
+    with torch.no_grad():
+        positions = torch.arange(IDS.shape[1]).expand_as(IDS)
+        torch.testing.assert_close(
+            model(input_ids=IDS, position_ids=positions).logits, Logits.last, rtol=1e-4, atol=1e-4
+        )
+        unlearned = replace(recipe, path=str(saved("llama", max_position_embeddings=32))).build()
+        assert not torch.allclose(unlearned(input_ids=IDS, position_ids=positions).logits, Logits.last, atol=1e-2)
+    if not (folder / JSON).is_file():  # else it is served as its head pattern says
+        served, policy = load(folder)
+        with torch.no_grad():
+            torch.testing.assert_close(served(input_ids=IDS).logits, Logits.last, rtol=1e-4, atol=1e-4)
+        generated = served.generate(IDS, past_key_values=policy.new(served), max_new_tokens=4, do_sample=False)
+        assert generated.shape[1] > IDS.shape[1]
+
+
+def test_a_method_that_learned_with_other_settings_is_refused(trained, reloaded):
+    trained("attention=hierarchical_windows", "attention.sliding_windows=[3,9]")
+    _, folder = reloaded()
+    assert values_for(HierarchicalWindows(sliding_windows=[3, 9], combine="projection"), folder)
+    with pytest.raises(InputError, match=r"learned HierarchicalWindows\(.*give the same settings"):
+        values_for(HierarchicalWindows(sliding_windows=[3, 8], combine="projection"), folder)
+    (folder / METHOD).write_text("_target_: os.system\ncommand: ls\n")
+    with pytest.raises(InputError, match=r"_target_ os.system is no class of lctrain.attention"):
+        load(folder)
 
 
 DUO = ["attention=duo", "attention.num_sink_tokens=2", "attention.recent_size=8", "rope=linear"]
