@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from lctrain.cache.state import State
+from lctrain.decode.one_query import Buffer
 from lctrain.errors import InputError
 from lctrain.kernels.base import Kernel
-from lctrain.kernels.one_query import Buffer
 
 
 class CachePolicy(ABC):

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from lctrain.cache.base import CachePolicy, Forward, Store
 from lctrain.cache.layer import CacheLayer, Part, is_installed
-from lctrain.kernels.one_query import Buffer
+from lctrain.decode.one_query import Buffer
 
 MIN_ROOM = 64  # tokens: the least that a full buffer grows by
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from lctrain.cache.base import Forward, Store
+from lctrain.decode.one_query import Buffer, attend_one
 from lctrain.errors import InputError
-from lctrain.kernels.one_query import Buffer, attend_one
 
 before: ContextVar[Tensor | None] = ContextVar("before", default=None)
 """The number of earlier tokens while a step is captured, [1] on the device."""

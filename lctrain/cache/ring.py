@@ -15,12 +15,12 @@ from transformers.masking_utils import causal_mask_function
 
 from lctrain.cache.base import Forward, Store
 from lctrain.cache.rotation import Rotation
+from lctrain.decode.one_query import Buffer, slot_of
 from lctrain.errors import InputError
 from lctrain.kernels import few_queries
 from lctrain.kernels.base import Demand
 from lctrain.kernels.few_queries import attend_few
 from lctrain.kernels.mask import Mask
-from lctrain.kernels.one_query import Buffer, slot_of
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from lctrain.errors import InputError
-from lctrain.kernels.linear_cross_entropy import linear_cross_entropy
+from lctrain.losses.linear_cross_entropy import linear_cross_entropy
 
 IGNORED = -100
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lctrain.errors import InputError
-from lctrain.kernels.fp8 import FP8Linear
+from lctrain.matmul.fp8 import FP8Linear
 from lctrain.model.rotary_attention import RotaryAttention
 
 # Transformers' norm classes by what they compute: x / rms(x) · (weight + offset), rounded as in Llama or as in Gemma.

@@ -25,8 +25,8 @@ from transformers.integrations import HfDeepSpeedConfig  # type: ignore[attr-def
 
 from lctrain.attention.base import Attention
 from lctrain.errors import InputError
-from lctrain.kernels import fp8
 from lctrain.kernels.choose import choose
+from lctrain.matmul import fp8
 from lctrain.memory.host import Host, PinnedHost
 from lctrain.memory.savings import AutoSavings, Savings
 from lctrain.model import layers, learned

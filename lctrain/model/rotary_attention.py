@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from lctrain.kernels.linear_part import linear_part
+from lctrain.losses.linear_part import linear_part
 from lctrain.memory.shares import sum_over_shares
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lctrain.errors import InputError
-from lctrain.kernels.linear_part import linear_part
-from lctrain.kernels.low_rank import add_low_rank
+from lctrain.losses.linear_part import linear_part
+from lctrain.matmul.low_rank import add_low_rank
 
 
 class Tuning(ABC):
@@ -69,7 +69,7 @@ class LoRALinear(PeftLinear):
         return self._add(self.base_layer(x.flatten(0, -2)), x, slice(None), slice(None))
 
     def part(self, x: Tensor, outputs: slice, inputs: slice) -> Tensor:
-        """Return the layer's product over slices of outputs and inputs, as `lctrain.kernels.linear_part` does."""
+        """Return the layer's product over slices of outputs and inputs, as `lctrain.losses.linear_part` does."""
         y_NO = linear_part(self.base_layer, x.flatten(0, -2), outputs=outputs, inputs=inputs)
         if self.disable_adapters or self.merged:
             return y_NO if x.ndim == 2 else y_NO.view(*x.shape[:-1], -1)

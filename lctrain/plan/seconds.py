@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lctrain.kernels.fp8 import FP8Linear
+from lctrain.matmul.fp8 import FP8Linear
 from lctrain.memory.savings import Savings
 from lctrain.plan.cards import Card
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, PreTrainedModel
 
 from lctrain.attention.base import Attention
-from lctrain.kernels.linear_cross_entropy import MAX_LOGITS, linear_cross_entropy
+from lctrain.losses.linear_cross_entropy import MAX_LOGITS, linear_cross_entropy
 from lctrain.memory.host import Host
 from lctrain.model.head import softcap, unwrap
 from lctrain.plan.fakes import CountingHost, attend_by, loss_of

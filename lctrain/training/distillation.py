@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lctrain.attention.duo import DuoAttention
 from lctrain.errors import InputError
-from lctrain.kernels.linear_kl import linear_kl
+from lctrain.losses.linear_kl import linear_kl
 from lctrain.model.head import IGNORED, hidden_states, softcap, unwrap
 from lctrain.model.install import attention_modules
 from lctrain.model.recipe import ModelRecipe

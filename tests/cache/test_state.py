@@ -15,8 +15,8 @@ from lctrain.cache.full import AllKeys, FullCache
 from lctrain.cache.layer import CacheLayer, Part
 from lctrain.cache.ring import Ring
 from lctrain.cache.state import State
+from lctrain.decode.one_query import Buffer
 from lctrain.errors import InputError
-from lctrain.kernels.one_query import Buffer
 from lctrain.model.install import install
 
 LENGTH, NEW = 23, 8

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from lctrain.kernels.one_query import Buffer, attend_one, reference
+from lctrain.decode.one_query import Buffer, attend_one, reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from lctrain.attention.duo import DuoAttention
 from lctrain.errors import InputError
-from lctrain.kernels.fp8 import FP8Linear
+from lctrain.matmul.fp8 import FP8Linear
 from lctrain.model import layers
 from lctrain.model.install import attention_modules, full_attention, install
 from lctrain.model.tuning import FullTuning, LoRATuning

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lctrain.kernels.one_query import Buffer
+from lctrain.decode.one_query import Buffer
 from lctrain.kernels.sinks import shared_memory
 
 BLOCK = 64  # keys that are loaded at once

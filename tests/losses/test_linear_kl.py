@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import profile
 
-from lctrain.kernels import linear_kl as module
-from lctrain.kernels.linear_kl import linear_kl
+from lctrain.losses import linear_kl as module
+from lctrain.losses.linear_kl import linear_kl
 
 N, D, V = 23, 6, 11
 

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import profile
 
-from lctrain.kernels import linear_cross_entropy as module
-from lctrain.kernels.linear_cross_entropy import linear_cross_entropy
+from lctrain.losses import linear_cross_entropy as module
+from lctrain.losses.linear_cross_entropy import linear_cross_entropy
 
 N, D, V = 23, 6, 11
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lctrain.kernels.linear_cross_entropy import MAX_LOGITS, cap
+from lctrain.losses.linear_cross_entropy import MAX_LOGITS, cap
 
 
 class _TiledLinearKL(torch.autograd.Function):

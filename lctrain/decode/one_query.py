@@ -45,7 +45,7 @@ def attend_one(
 ) -> None:
     """Store one token, and write its attention into `out`, at the query heads of the buffers only."""
     if q_BHLD.is_cuda:
-        from lctrain.kernels.split_keys import launch  # needs triton
+        from lctrain.decode.split_keys import launch  # needs triton
 
         launch(q_BHLD, k_BKLD, v_BKLD, buffers, before_1, out_BHLD, scaling)
     else:

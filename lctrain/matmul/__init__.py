@@ -1,0 +1,1 @@
+"""Products with matrices in fp8, and of low rank."""
