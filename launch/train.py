@@ -21,10 +21,12 @@ from omegaconf import DictConfig
 
 def run(cfg: DictConfig) -> None:
     from lctrain.parallel.cleanup import cleanup
+    from lctrain.tracking import finish
     from lctrain.training.run import train
 
     with cleanup():
         trained = train(cfg)
+    exported = None
     if cfg.evaluation and trained.is_global_zero:
         from lctrain.evaluation.run import report_training
         from lctrain.export import export
@@ -34,3 +36,5 @@ def run(cfg: DictConfig) -> None:
         report_training(cfg, {**before, "after": str(exported)}, trained)
     elif trained.is_global_zero:
         print(f"{trained.steps} steps done; a plain model of them: lctrain export run_dir={cfg.run_dir}")
+    files = [trained.folder.config, trained.folder.path / "report.json", *([exported] if exported else [])]
+    finish(trained.loggers, *files)

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 CHECKPOINTS = "step-*.ckpt"
 STATE_FILE = "state.pt"
 RANK_FILE = "rank-{rank:05d}-of-{world_size:05d}.pt"
+TRACKED = "wandb.json"
 TRACES = ("config.yaml", "metrics.jsonl", "cells.jsonl", "report.json")  # files of a run that has no checkpoint yet
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 
@@ -109,6 +110,15 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(node, dict):
         return {prefix: node}
     return {k: v for key, child in node.items() for k, v in _flat(child, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def read_tracked(folder: Path) -> dict[str, Any]:
+    """Return what W&B's logger wrote into a run's folder: id, group and url. Earlier versions wrote the id alone."""
+    if (folder / TRACKED).is_file():
+        tracked: dict[str, Any] = json.loads((folder / TRACKED).read_text())
+        return tracked
+    old = folder / "wandb_id.txt"
+    return {"id": old.read_text().strip()} if old.is_file() else {}
 
 
 def is_first_process() -> bool:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from lctrain.cluster.slurm import JOB_ID, JobState, job_states
 from lctrain.errors import InputError
-from lctrain.folder import RunFolder, read_history
+from lctrain.folder import RunFolder, read_history, read_tracked
 from lctrain.tables import show
 
 
@@ -28,6 +28,7 @@ class Run:
     reported: bool
     rows: Sequence[dict[str, float]]
     held: bool  # a process on this machine runs in the folder
+    address: str | None = None  # of its W&B run
 
     @property
     def step(self) -> int:
@@ -66,6 +67,8 @@ def main(cfg: DictConfig) -> None:
         name = run.folder if cfg.run_dir is not None else run.folder.relative_to(cfg.folder)
         table.add_row(str(name), *_row(run, run.state(jobs)))
     show(table)
+    for address in sorted({run.address for run in runs if run.address}):
+        print(f"W&B: {address}")
 
 
 def _row(run: Run, state: str) -> Iterator[str]:
@@ -96,6 +99,7 @@ def _read(folder: Path) -> Run:
         reported=(folder / "report.json").exists(),
         rows=read_history(folder / "metrics.jsonl"),
         held=_is_held(folder / ".lock"),
+        address=read_tracked(folder).get("url"),
     )
 
 

@@ -92,7 +92,9 @@ def table(results: Results) -> Table:
 
 
 def log_media(run: "wandb.Run", folder: Path, results: Results) -> None:
-    """Log the table as numbers, and the pictures that `write_report` wrote into `folder`, to a W&B run."""
+    """Log to a W&B run: each result as evaluation/task/label/length, all of them as a table, and the pictures that
+    `write_report` wrote into `folder`.
+    """
     import wandb  # needed only if W&B is the logger
 
     lengths, found = columns(results)
@@ -100,12 +102,17 @@ def log_media(run: "wandb.Run", folder: Path, results: Results) -> None:
         "length (tokens)",
         *(f"{column.task} {column.label} ({column.unit})" for column in found),
     ]
-    numbers = [[length, *(column.by_length.get(str(length)) for column in found)] for length in lengths]
+    rows = [[length, *(column.by_length.get(str(length)) for column in found)] for length in lengths]
     images = {f"evaluation/{path.stem}": wandb.Image(str(path)) for path in sorted(folder.glob("*.png"))}
-    tables = {"by_length": wandb.Table(columns=headings, data=numbers)}
+    tables = {"by_length": wandb.Table(columns=headings, data=rows)}
     if recalled := recall_cells(results):
         tables["by_cell"] = wandb.Table(columns=["label", "task", "length", "depth", "recalled"], data=recalled)
-    run.log({**{f"evaluation/{name}": table for name, table in tables.items()}, **images})
+    numbers = {
+        f"evaluation/{column.task}/{column.label}/{length}": value
+        for column in found
+        for length, value in column.by_length.items()
+    }
+    run.log({**numbers, **{f"evaluation/{name}": table for name, table in tables.items()}, **images})
 
 
 def recall_cells(results: Results) -> list[list[Any]]:

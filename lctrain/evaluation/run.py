@@ -30,6 +30,7 @@ from lctrain.model.recipe import ModelRecipe, PretrainedModel
 from lctrain.model.tuning import Frozen
 from lctrain.rope.none import NoScaling
 from lctrain.tables import show
+from lctrain.tracking import describe, finish, loggers_of
 
 ELSEWHERE = ("run_dir", "resume", "logger")  # settings that do not influence what is measured
 
@@ -54,9 +55,11 @@ def main(cfg: DictConfig) -> None:
     recipe = instantiate(cfg.model, _convert_="all")
     recipe.check([cfg.sequence_length], device())
     check(cfg, recipe.config(), texts(cfg, recipe))
+    loggers = loggers_of(cfg)
     with journal(cfg, folder) as cells:
-        loggers = [instantiate(cfg.logger, _convert_="all")] if cfg.logger else []
+        describe(loggers, cfg, "evaluate")
         report(cfg, {"model": recipe}, loggers, cells)
+    finish(loggers, folder.config, folder.path / "report.json")
 
 
 def begin(cfg: DictConfig, folder: RunFolder) -> None:

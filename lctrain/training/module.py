@@ -128,11 +128,10 @@ class LongContextModule(LightningModule):
             return
         sums = torch.stack(self._validation).sum(0)
         sums = cast(Tensor, self.all_gather(sums)).sum(0) if self.trainer.world_size > 1 else sums
-        length = self._row_length // NUM_POSITION_BUCKETS
         metrics = {"validation/perplexity": (sums[0].sum() / sums[1].sum()).exp().item()}
         for bucket in sums[1].nonzero().flatten().tolist():
             mean = sums[0, bucket] / sums[1, bucket]
-            metrics[f"validation/perplexity_{bucket * length}-{(bucket + 1) * length}"] = mean.exp().item()
+            metrics[f"validation/perplexity_by_position/{bucket + 1}_of_{NUM_POSITION_BUCKETS}"] = mean.exp().item()
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, step=self.trainer.global_step)
 

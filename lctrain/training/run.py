@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from lctrain.checkpoint import read_state
-from lctrain.config import dump, public
+from lctrain.config import dump
 from lctrain.data.datamodule import LongContextData
 from lctrain.errors import InputError, RunError
 from lctrain.evaluation.run import check as check_evaluation
@@ -23,6 +23,7 @@ from lctrain.folder import RunFolder, read_history, write_aside
 from lctrain.model.recipe import ModelRecipe
 from lctrain.plan.run import resolve
 from lctrain.rope.none import NoScaling
+from lctrain.tracking import describe, loggers_of
 from lctrain.training.gates import Gates
 from lctrain.training.metrics import Metrics
 from lctrain.training.strategy import ShardedCheckpoints, ZeRO
@@ -70,7 +71,7 @@ def train(cfg: DictConfig) -> Trained:
     _quiet()
     module = instantiate(cfg.module, _convert_="all")
     datamodule = instantiate(cfg.datamodule, tokenizer=module.recipe.tokenizer, _convert_="all")
-    trainer = _trainer(cfg)
+    trainer, loggers = _trainer(cfg), loggers_of(cfg)
     device = trainer.strategy.root_device
     _check_positions(module.recipe)
     _check_strategy(cfg, trainer, module.recipe)
@@ -93,7 +94,8 @@ def train(cfg: DictConfig) -> Trained:
     if trainer.is_global_zero:
         _tell_if_over(checkpoint, cfg.trainer.max_steps)
         write_aside(folder.config, dump(cfg))  # replaced at once, as other ranks may be reading it
-    trainer.loggers = _loggers(cfg)
+    trainer.loggers = loggers
+    describe(loggers, cfg, "train")
     lightning.seed_everything(cfg.seed, verbose=False)  # only here: the checks above may have drawn random numbers
     _fit(trainer, module, datamodule, checkpoint)
     if module.validated_step != trainer.global_step:
@@ -180,11 +182,3 @@ def _quiet() -> None:
     """Silence Lightning's messages about itself, such as device counts and tips, but not its warnings."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def _loggers(cfg: DictConfig) -> list[Logger]:
-    if not cfg.logger:
-        return []
-    logger: Logger = instantiate(cfg.logger, _convert_="all")
-    logger.log_hyperparams(public(cfg))
-    return [logger]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GemmaConfig, Granit
 from lctrain.errors import InputError
 from lctrain.evaluation.perplexity import Perplexity, windows
 from lctrain.evaluation.reader import Reader
-from lctrain.kernels import linear_cross_entropy
+from lctrain.losses import linear_cross_entropy
 
 TASK = Perplexity(
     lengths=[16, 48, 64], sequence_length=64, batch_tokens=None, num_tokens=384, stride=None, num_buckets=5

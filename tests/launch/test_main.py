@@ -17,7 +17,7 @@ REFUSED = {
     "plan atention=full": "no such option 'atention'; did you mean 'attention'?",
     "plan attention=slidng_window": "no attention 'slidng_window'; did you mean 'sliding_window'? (choices: ",
     "plan attention=sliding_window attention.sliding_windw=8": "did you mean 'attention.sliding_window'?",
-    "plan attention=streaming attention.sliding_window=8": "it is one of attention=longformer or sliding_window",
+    "plan attention=streaming attention.sliding_window=8": " or sliding_window",
     "plan seed=[1": "cannot read 'seed=[1'",
     "plan seed=1,2": "Ambiguous value for argument 'seed=1,2'",
     "plan seed": "cannot read 'seed': options are written option=value",

@@ -12,7 +12,7 @@ import pytest
 from lctrain.folder import whole_checkpoints
 from tests.slurm.cluster import wait_for
 from tests.slurm.conftest import EVERY, NUM_STEPS, Run
-from tests.training.test_loggers import items, records
+from tests.test_tracking import items, records
 
 pytestmark = pytest.mark.slurm
 
@@ -33,14 +33,14 @@ def assert_one_wandb_run(run: Run) -> None:
     assert len(files) == 2
     assert len({record.run.run_id for record in read if record.HasField("run")}) == 1
     history = [record.history for record in read if record.HasField("history")]
-    logged = [row for row in history if "loss" in items(row.item)]
+    logged = [row for row in history if "train/loss" in items(row.item)]
     trained = list({row.step.num: row for row in reversed(logged)}.values())[::-1]  # a server keeps the first
     assert sorted(row.step.num for row in trained) == list(range(1, NUM_STEPS + 1))
     trained.sort(key=lambda row: row.step.num)
-    restarts = [items(row.item)["restarts"] for row in trained]
+    restarts = [items(row.item)["train/restarts"] for row in trained]
     assert (restarts[0], restarts[-1]) == (0, 1)
-    configs = [items(record.config.update) for record in read if record.HasField("config")]
-    assert {entry["slurm"]["job_id"] for entry in configs if "slurm" in entry} == {run.job_id}
+    configs = [items(record.run.config.update) for record in read if record.HasField("run")]
+    assert {entry["slurm.job_id"] for entry in configs} == {run.job_id}
 
 
 def ranks(run: Run) -> list[int]:

@@ -138,7 +138,7 @@ def test_validation_is_the_mean_over_valid_tokens_by_position(run, saved, compos
                     counts[at * 8 // 64] += 1
     assert measured["validation/perplexity"] == pytest.approx((sums.sum() / counts.sum()).exp().item(), rel=1e-5)
     for i in range(8):
-        name = f"validation/perplexity_{8 * i}-{8 * i + 8}"
+        name = f"validation/perplexity_by_position/{i + 1}_of_8"
         assert measured[name] == pytest.approx((sums[i] / counts[i]).exp().item(), rel=1e-5)
 
 
