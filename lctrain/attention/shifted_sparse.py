@@ -18,8 +18,8 @@ class ShiftedSparseAttention(MaskedAttention):
 
     Deviations: the published code rolls the sequence, so its last half group attends into the first tokens; here the
     first and last half groups stand alone. With grouped-query attention the shifted half is the second half of the
-    key-value heads and of the query heads that share them. Groups are counted inside each packed document.
-    A ratio of 1 is full attention; a size in tokens means the same groups whatever the length, so that decoding and
+    key-value heads, rounded down, and of the query heads that share them. Groups are counted inside each packed
+    document. A ratio of 1 is full attention; a size in tokens means the same groups whatever the length, so that decoding and
     packing see what one pass over the document sees.
     """
 
@@ -39,7 +39,7 @@ class ShiftedSparseAttention(MaskedAttention):
         if self.group_size_ratio == 1:  # one group: the shifted heads have nothing to bridge
             return lambda b, h, q_pos, kv_pos: kv_pos <= q_pos
         size = self._size(layout.length)
-        first_shifted = layout.num_attention_heads // 2
+        first_shifted = _first_shifted(layout)
 
         def same_group(b, h, q_pos, kv_pos):  # type: ignore[no-untyped-def]
             shift = (h + layout.first_head >= first_shifted) * (size // 2)
@@ -48,10 +48,10 @@ class ShiftedSparseAttention(MaskedAttention):
         return same_group
 
     def check(self, config: PreTrainedConfig, lengths: list[int]) -> None:
-        if config.num_key_value_heads % 2:
+        if config.num_key_value_heads == 1:
             raise InputError(
-                f"shifted_sparse shifts half of the key-value heads, but {config.model_type} has "
-                f"{config.num_key_value_heads}; choose another attention"
+                f"shifted_sparse shifts half of the key-value heads, and {config.model_type} has one; choose another "
+                "attention"
             )
         for length in lengths:
             size = self._exact_size(length)
@@ -65,7 +65,7 @@ class ShiftedSparseAttention(MaskedAttention):
         return self.group_size is not None
 
     def head_group(self, layout: Layout, head: int) -> bool:
-        return self.group_size_ratio != 1 and head >= layout.num_attention_heads // 2
+        return self.group_size_ratio != 1 and head >= _first_shifted(layout)
 
     def local(self, layout: Layout, head: int) -> Local | None:
         if self.group_size_ratio == 1:
@@ -79,3 +79,9 @@ class ShiftedSparseAttention(MaskedAttention):
 
     def _size(self, length: int) -> int:
         return max(2, int(self._exact_size(length)))
+
+
+def _first_shifted(layout: Layout) -> int:
+    """Return the first query head of the shifted half of the key-value heads; an odd one in the middle stays."""
+    width = layout.num_attention_heads // layout.num_key_value_heads
+    return width * ((layout.num_key_value_heads + 1) // 2)

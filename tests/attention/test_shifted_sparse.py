@@ -116,6 +116,21 @@ def test_lengths_that_groups_divide(method_of, fields):
     method_of("shifted_sparse", **fields).check(CONFIG, [16, 64, 4096])
 
 
-def test_an_odd_number_of_kv_heads_is_refused(method_of):
-    with pytest.raises(InputError, match="shifts half of the key-value heads, but llama has 1"):
-        method_of("s2 ratio").check(LlamaConfig(num_key_value_heads=1), [64])
+def test_of_an_odd_number_of_kv_heads_the_middle_one_stays(method_of):
+    method, config = method_of("s2 size"), LlamaConfig(hidden_size=72, num_attention_heads=9, num_key_value_heads=3)
+    method.check(config, [16])
+    layout = Layout(length=16, num_attention_heads=9, num_key_value_heads=3, layer_idx=0)
+    assert [method.head_group(layout, head) for head in range(9)] == [False] * 6 + [True] * 3
+
+
+def test_kernels_run_an_odd_number_of_kv_heads(attending, ids):
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3}
+    fast, slow = (
+        attending("s2 size", kernel, **heads)(input_ids=ids(2, 40)).logits for kernel in ("sdpa", "reference")
+    )
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
+
+
+def test_one_kv_head_has_no_half(method_of):
+    with pytest.raises(InputError, match="shifts half of the key-value heads, and llama has one"):
+        method_of("s2 size").check(LlamaConfig(num_attention_heads=4, num_key_value_heads=1), [16])
