@@ -19,8 +19,8 @@ class ShiftedSparseAttention(MaskedAttention):
     Deviations: the published code rolls the sequence, so its last half group attends into the first tokens; here the
     first and last half groups stand alone. With grouped-query attention the shifted half is the second half of the
     key-value heads, rounded down, and of the query heads that share them. Groups are counted inside each packed
-    document. A ratio of 1 is full attention; a size in tokens means the same groups whatever the length, so that decoding and
-    packing see what one pass over the document sees.
+    document. A ratio of 1 is full attention; a size in tokens means the same groups whatever the length, so that
+    decoding and packing see what one pass over the document sees.
     """
 
     group_size_ratio: float | None = 0.25

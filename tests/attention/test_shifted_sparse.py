@@ -124,7 +124,7 @@ def test_of_an_odd_number_of_kv_heads_the_middle_one_stays(method_of):
 
 
 def test_kernels_run_an_odd_number_of_kv_heads(attending, ids):
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 3}
+    heads = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
     fast, slow = (
         attending("s2 size", kernel, **heads)(input_ids=ids(2, 40)).logits for kernel in ("sdpa", "reference")
     )
