@@ -66,6 +66,7 @@ class Call(ABC):
     """One call of attention in one layer: what a method knows beside q, k and v, and how it attends."""
 
     layout: Layout
+    scaling: float  # of q · k before the softmax
 
     @property
     @abstractmethod

@@ -80,6 +80,7 @@ class FakeCall(Call):
     layout: Layout
     batch: int
     shared: dict[Any, Any]
+    scaling: float = 1.0
 
     @cached_property
     def rows(self) -> Rows:

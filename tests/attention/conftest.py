@@ -53,5 +53,5 @@ def attending(tiny, method_of):
 def set_learned(model, method):
     """Gives what the method learned values that differ from layer to layer and head to head."""
     for layer, module in enumerate(attention_modules(model)):
-        for learned in getattr(module, method.name).parameters() if method.learns else []:
+        for learned in getattr(module, method.name, torch.nn.Module()).parameters():
             learned.data = (torch.linspace(0.25, 0.75, learned.numel()) + 0.125 * layer).view_as(learned)

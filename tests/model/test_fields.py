@@ -22,6 +22,7 @@ ELSEWHERE = {
     "rope/none.extrapolate",  # changes what is refused, not what is computed: tests/training/test_run.py
     "attention/duo.clamp",  # acts behind a step: tests/training/test_gates.py
     "tuning/gates.trainable",  # there is nothing else to train
+    "tuning/method.trainable",  # is empty: what another value does is seen with modules
 }
 # Of each field, another value, and what else has to change for it to be accepted.
 OTHER = {
