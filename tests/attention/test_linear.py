@@ -159,7 +159,8 @@ def test_sums_stay_in_fp32_where_the_model_computes_in_bf16(tiny, method_of):
     rows = Rows(positions_BS=zeros, documents_BS=zeros, first_query=0, num_queries=40, shared={})
     q, k, v = (torch.randn(1, heads, 40, 8).bfloat16() for heads in (4, 2, 2))
     with torch.autocast("cpu", torch.bfloat16):
-        found = method.attend(module, q, k, v, SimpleNamespace(layout=four_heads, rows=rows))
+        call = SimpleNamespace(layout=four_heads, rows=rows, scaling=module.scaling)
+        found = method.attend(module, q, k, v, call)
     expected = token_by_token(module.double(), q.double(), k.double(), v.double(), module.scaling)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-6)
