@@ -34,12 +34,14 @@ def write(folder: Path, values: dict[str, Tensor], method: DictConfig) -> None:
 
 
 def method_of(folder: Path) -> Attention | None:
-    """Return the method that a folder was exported with, if it learned anything; else None."""
-    if not (folder / METHOD).is_file():
+    """Return the method that a folder was exported with, if it learned anything; else None.
+
+    Raises InputError if its class is not one of lctrain's: a folder from elsewhere must not choose what runs here.
+    """
+    if (config := _config(folder)) is None:
         return None
-    config = cast(DictConfig, OmegaConf.load(folder / METHOD))
-    if not str(config.get("_target_")).startswith(HOME):
-        raise InputError(f"{folder / METHOD}: _target_ {config.get('_target_')} is no class of {HOME}")
+    if not str(config._target_).startswith(HOME):
+        raise InputError(f"{folder / METHOD}: _target_ {config._target_} is no class of {HOME}; name the method")
     return cast(Attention, instantiate(config, _convert_="all"))
 
 
@@ -48,12 +50,16 @@ def values_for(method: Attention, folder: Path) -> dict[str, Tensor]:
 
     Raises InputError if it was the same class with other settings.
     """
-    exported = method_of(folder)
-    if type(exported) is not type(method):
+    config, own = _config(folder), type(method)
+    if config is None or config._target_ != f"{own.__module__}.{own.__qualname__}":
         return {}
-    if exported != method:
+    if (exported := instantiate(config, _convert_="all")) != method:
         raise InputError(f"{folder} learned {exported}, not {method}; give the same settings")
     return load_file(folder / WEIGHTS)
+
+
+def _config(folder: Path) -> DictConfig | None:
+    return cast(DictConfig, OmegaConf.load(folder / METHOD)) if (folder / METHOD).is_file() else None
 
 
 def fill(model: PreTrainedModel, method: Attention, values: dict[str, Tensor]) -> None:

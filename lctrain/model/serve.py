@@ -8,6 +8,7 @@ import torch
 from hydra.utils import instantiate
 from transformers import PreTrainedModel
 
+from lctrain.attention.base import Attention
 from lctrain.cache.base import CachePolicy
 from lctrain.cache.duo import DuoCache
 from lctrain.cache.full import FullCache
@@ -20,24 +21,25 @@ from lctrain.model.recipe import PretrainedModel
 def load(
     path: str | Path,
     *,
+    attention: Attention | None = None,
     cache: CachePolicy | None = None,
     device: torch.device | str = "cpu",
     dtype: str = "auto",
     kernel: str = "auto",
 ) -> tuple[PreTrainedModel, CachePolicy]:
-    """Return the model in `path` with the attention that it learned or else full attention, and its cache policy.
+    """Return the model in `path` with its attention and its cache policy.
 
     `model.generate(**inputs, past_key_values=policy.new(model))` runs the model.
-    Without `cache`, a folder with a head pattern is served with DuoAttention's cache and full attention, any other with
-    a cache that keeps all.
+    Without `attention`, the model runs what it learned, or else full attention. Without `cache`, a folder with a head
+    pattern is served with DuoAttention's cache and full attention, any other with a cache that keeps all.
     `path` is a folder in Hugging Face format or a hub id. Raises InputError before weights are read.
     """
     cfg = compose("evaluate")  # full attention, positions as the folder has them
     cfg.model.path, cfg.model.dtype, cfg.kernel = str(path), dtype, kernel
     recipe: PretrainedModel = instantiate(cfg.model, _convert_="all")
     policy = cache or _policy(Path(path))
-    method = method_of(Path(path))
-    if method is not None and not policy.decides:
+    method = attention or (None if policy.decides else method_of(Path(path)))
+    if method is not None:
         recipe = replace(recipe, attention=method)
     policy.check(recipe.config())
     recipe.check([recipe.sequence_length], torch.device(device).type)
