@@ -36,6 +36,7 @@ def _compose_and_run(verb: str, overrides: list[str]) -> None:
     overrides = [getattr(module, "WORDS", {}).get(word, word) for word in overrides]
     if unknown := [word for word in overrides if word.startswith("-") and not HYDRAS_FLAGS.fullmatch(word)]:
         raise InputError(f"no flag '{unknown[0]}': options are written option=value")
+    config.check_names(overrides)
     if overrides and not re.search("=|^-", overrides[0]) and hasattr(module, "FIRST"):
         overrides[0] = f"{module.FIRST}={overrides[0]}"
 

@@ -51,6 +51,18 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("asset", asset, replace=True)
 
 
+def check_names(words: Sequence[str]) -> None:
+    """Raise InputError for a user's file, in the folder of --config-dir, that has the name of one of lctrain's.
+
+    Hydra would silently take lctrain's.
+    """
+    flags = re.findall(r"(?:^|\0)(?:--config-dir|-cd)[=\0]([^\0]+)", "\0".join(words))
+    for folder in map(Path, flags):
+        for path in sorted(folder.glob("*/*.yaml")):
+            if (conf_dir() / path.relative_to(folder)).is_file():
+                raise InputError(f"{path} has the name of a file of lctrain's, which would be taken; choose another")
+
+
 def compose(verb: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Return conf/<verb>.yaml with Hydra overrides, as `lctrain <verb> <overrides>` does. Raises InputError."""
     try:

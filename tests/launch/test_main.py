@@ -55,6 +55,11 @@ def test_own_config_folder(lctrain, tmp_path):
     done = lctrain("train", "--config-dir", "mine", "experiment=short", "--cfg", "job")
     assert done.returncode == 0, done.stderr
     assert "seed: 41" in done.stdout
+    (tmp_path / "mine" / "experiment" / "demo.yaml").write_text("# @package _global_\nseed: 41\n")
+    for flag in (["--config-dir", "mine"], ["--config-dir=mine"], ["-cd", "mine"]):
+        done = lctrain("train", *flag, "experiment=demo", "--cfg", "job")
+        assert done.returncode == 2
+        assert "mine/experiment/demo.yaml has the name of a file of lctrain's" in done.stderr
 
 
 @pytest.fixture
