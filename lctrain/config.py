@@ -101,7 +101,8 @@ def anchor_paths(cfg: DictConfig) -> None:
 def check(cfg: DictConfig) -> None:
     """Raise InputError where a value is missing (`???`), has a wrong type, or is an interpolation without a target."""
     if isinstance(pattern := cfg.get("evaluation_attention"), str):
-        raise InputError(f"choose the evaluated pattern with attention@evaluation_attention={pattern}")
+        group = "attention@evaluation_attention" if "module" in cfg else "attention"  # of a training, of an evaluation
+        raise InputError(f"choose the evaluated attention with {group}={pattern}")
     raw: Any = OmegaConf.to_container(cfg)
     missing = [name for name, value in _leaves(raw) if value == "???"]
     if missing:

@@ -38,8 +38,9 @@ def export(run_dir: str, checkpoint: str, output: str, dtype: str = "auto", **he
     that path.
 
     The folder holds safetensors, the config with the stretched positions, the tokenizer, the recipe and a README.
-    Weights get the model's dtype, unless `dtype` names another. Gates are not exported as weights: they become a head
-    pattern in the folder, deployed as `heads` says (the fields of HeadPattern.deployed). The folder is written under a
+    Weights get the model's dtype, unless `dtype` names another. What the attention method learned is in
+    method.safetensors, not among the model's weights. Gates also become a head pattern in the folder, deployed as
+    `heads` says (the fields of HeadPattern.deployed). The folder is written under a
     temporary name and then renamed. Raises InputError if there is nothing to export.
     """
     folder, target = RunFolder(run_dir), Path(output)
@@ -73,7 +74,7 @@ def export(run_dir: str, checkpoint: str, output: str, dtype: str = "auto", **he
         learned.write(aside, values, cfg.attention)
     for weights in aside.glob("*.safetensors"):  # which safetensors makes readable by their owner only
         weights.chmod((aside / RECIPE).stat().st_mode)
-    (aside / "README.md").write_text(_readme(cfg, path, pattern))
+    (aside / "README.md").write_text(_readme(cfg, path, pattern, learns=bool(values)))
     if pattern is not None:
         pattern.write_tsv(aside / TSV)
         pattern.write_json(aside / JSON)
@@ -112,12 +113,17 @@ def _checkpoint(folder: RunFolder, checkpoint: str) -> Path:
     return found[-1]
 
 
-def _readme(cfg: DictConfig, checkpoint: Path, pattern: HeadPattern | None) -> str:
+def _readme(cfg: DictConfig, checkpoint: Path, pattern: HeadPattern | None, *, learns: bool) -> str:
     streams = (
         f"{(~pattern.retrieval_heads).sum()} of {pattern.retrieval_heads.numel()} key-value heads need no more than "
         f"{pattern.num_sink_tokens} sinks and {pattern.recent_size} recent tokens: {JSON} says which. "
         "`lctrain.model.serve.load(folder)` generates with them; plain transformers attends in full.\n\n"
         if pattern is not None
+        else ""
+    )
+    method = (
+        f"What the attention learned is in {learned.WEIGHTS}: `lctrain.model.serve.load(folder)` runs it.\n\n"
+        if learns and pattern is None
         else ""
     )
     return (
@@ -126,6 +132,6 @@ def _readme(cfg: DictConfig, checkpoint: Path, pattern: HeadPattern | None) -> s
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("<this folder>")\n```\n\n'
         f"Trained with `{cfg.attention._target_}`; this folder runs the architecture's own attention.\n\n"
-        f"{streams}"
+        f"{streams}{method}"
         f"The whole recipe is in {RECIPE}.\n"
     )

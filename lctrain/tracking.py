@@ -1,11 +1,14 @@
-"""Record a run in Weights & Biases: named, grouped and comparable; a failure of W&B never stops a run."""
+"""Make a run's loggers, and record it in Weights & Biases: named, grouped and comparable.
+
+A run goes on where W&B can't be reached, or does not take a step or a file.
+"""
 
 import json
 import logging
 import os
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -85,7 +88,7 @@ class WandB(WandbLogger):
     def describe(self, cfg: DictConfig, job_type: str) -> None:
         """Take the run's config, its kind and, where none are given, its tags and its group.
 
-        Comes before anything is logged.
+        Call it before anything is logged.
         """
         self._config, self._settings["job_type"] = described(cfg), job_type
         if self._settings["tags"] is None:
@@ -106,39 +109,46 @@ class WandB(WandbLogger):
         self._tokens = metrics.get("tokens", self._tokens)
         elsewhere = tuple(name for name in metrics if name.startswith(("validation/", "gates/")))
         row = {name if name in elsewhere else f"train/{name}": value for name, value in metrics.items()}
-        try:
-            self.experiment.log({**row, "train/tokens": self._tokens, "trainer/global_step": step}, step=step)
-        except Exception as error:  # metrics.jsonl has the step, so the run goes on whatever fails in W&B
-            log.warning("W&B did not take step %s (%s)", step, type(error).__name__)
+        row |= {"train/tokens": self._tokens, "trainer/global_step": step or 0}
+        self.tell(f"step {step}", lambda run: run.log(row, step=step))
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Tell W&B of a failure by an alert, or that the run was preempted; `finish` ends the run."""
         if self._experiment is None or status == "success":
             return
-        error = sys.exc_info()[1]
+        error, title = sys.exc_info()[1], f"{self._settings['name']} failed"
         if isinstance(error, Stopped):
-            self.experiment.mark_preempting()
+            self.tell("the preemption", lambda run: run.mark_preempting())
         else:
-            self.experiment.alert(f"{self._settings['name']} failed", f"{type(error).__name__}: {error}")
+            self.tell("the alert", lambda run: run.alert(title, f"{type(error).__name__}: {error}"))
 
     @rank_zero_only
     def finish(self, *files: Path) -> None:
         """End the run, so that the next one in this process is another, and keep `files`, a folder by reference."""
         if self._experiment is None:
             return
-        artifact = wandb.Artifact(f"run-{self.experiment.id}", type="run")
+        self.tell("the run's files", lambda run: run.log_artifact(self._artifact(run.id, files)))
+        self.tell("the end of the run", lambda run: run.finish())
+        self._experiment = None
+
+    @rank_zero_only
+    def tell(self, what: str, call: Callable[[wandb.Run], object]) -> None:
+        """Run `call` on W&B's run. Whatever fails there, training goes on: its folder has what W&B did not take."""
+        try:
+            call(self.experiment)
+        except Exception as error:
+            log.warning("W&B did not take %s (%s)", what, type(error).__name__)
+
+    @staticmethod
+    def _artifact(run_id: str, files: Sequence[Path]) -> wandb.Artifact:
+        artifact = wandb.Artifact(f"run-{run_id}", type="run")
         for path in files:
             if path.is_dir():
                 artifact.add_reference(path.absolute().as_uri(), checksum=False)
             elif path.is_file():
                 artifact.add_file(str(path))
-        try:
-            self.experiment.log_artifact(artifact)
-        except Exception as error:
-            log.warning("W&B did not take the run's files (%s)", type(error).__name__)
-        self.experiment.finish()
-        self._experiment = None
+        return artifact
 
     def _group(self) -> str:
         """Return the name of what the run belongs to."""
@@ -157,7 +167,12 @@ class WandB(WandbLogger):
         except wandb.Error as error:
             log.warning("W&B can't be reached (%s); recording offline", str(error).splitlines()[0])
             wandb.teardown()  # otherwise the run's id stays taken
-            mode, run = "offline", self._init("offline")
+            mode = "offline"
+            try:
+                run = self._init(mode)
+            except wandb.Error as refused:  # such as a project's name that W&B does not allow
+                log.warning("W&B can't record this run (%s)", str(refused).splitlines()[0])
+                mode, run = "disabled", self._init("disabled")
         log.info("W&B: %s", run.url or f"{mode}; upload with: wandb sync {Path(run.dir).parent}")
         state = {"id": run.id, "group": self._settings["group"], "url": run.url}
         (self._folder / TRACKED).write_text(json.dumps(state))
@@ -237,7 +252,9 @@ def describe(loggers: Sequence[Logger], cfg: DictConfig, job_type: str) -> None:
 
 
 def finish(loggers: Sequence[Logger], *files: Path) -> None:
-    """End the runs of W&B, which keep `files`."""
+    """End what the loggers record; a run of W&B keeps `files`."""
     for logger in loggers:
         if isinstance(logger, WandB):
             logger.finish(*files)
+        else:
+            logger.finalize("success")

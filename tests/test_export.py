@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lctrain.attention.head_pattern import HeadPatternAttention
 from lctrain.attention.hierarchical_windows import HierarchicalWindows
+from lctrain.cache.h2o import H2OCache
 from lctrain.checkpoint import read_values
 from lctrain.errors import InputError
 from lctrain.export import export
@@ -213,9 +214,12 @@ def test_a_method_that_learned_with_other_settings_is_refused(trained, reloaded)
     assert values_for(HierarchicalWindows(sliding_windows=[3, 9], combine="projection"), folder)
     with pytest.raises(InputError, match=r"learned HierarchicalWindows\(.*give the same settings"):
         values_for(HierarchicalWindows(sliding_windows=[3, 8], combine="projection"), folder)
-    (folder / METHOD).write_text("_target_: os.system\ncommand: ls\n")
-    with pytest.raises(InputError, match=r"_target_ os.system is no class of lctrain.attention"):
-        load(folder)
+    with pytest.raises(InputError, match="H2OCache decides itself what heads see, instead of HierarchicalWindows"):
+        load(folder, cache=H2OCache(budget=8, recent_size=4, pyramid_beta=1.0))
+    for target in ("os.system", "lctrain.attention.base.Tensor", "lctrain.attention.base.torch.Tensor"):
+        (folder / METHOD).write_text(f"_target_: {target}\ncommand: {{_target_: os.system}}\n")
+        with pytest.raises(InputError, match=rf"_target_ {target} is no class of lctrain.attention"):
+            load(folder)
 
 
 DUO = ["attention=duo", "attention.num_sink_tokens=2", "attention.recent_size=8", "rope=linear"]

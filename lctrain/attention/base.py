@@ -21,7 +21,10 @@ from lctrain.kernels.mask import IndexMask, Local, PositionMask
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a pattern may depend on besides indices. Heads are global: `first_head` is the first query head here."""
+    """The facts besides positions on which a pattern may depend.
+
+    Heads are counted over the whole layer: `first_head` is the first query head that is here.
+    """
 
     length: int  # keys in the row
     num_attention_heads: int
@@ -37,9 +40,10 @@ Bounds = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The tokens of one forward, whose keys there are; a few of them in sequence are the queries.
+    """The tables of positions and documents of the S keys of one forward, [B, S], on the device of the queries.
 
-    Tables are [B, S], on the device of the queries. Keys from `first_query + num_queries` on are room in a cache.
+    The queries are those of `num_queries` tokens in sequence, the first of which is at index `first_query` of the keys.
+    Keys after the last query's are unused room in a cache.
     """
 
     positions_BS: Tensor  # of each token in its document
@@ -63,7 +67,7 @@ class Extra:
 
 
 class Call(ABC):
-    """One call of attention in one layer: what a method knows beside q, k and v, and how it attends."""
+    """One run of attention in one layer: the facts that a method gets beside q, k and v, and its ways to attend."""
 
     layout: Layout
     scaling: float  # of q · k before the softmax
@@ -71,7 +75,7 @@ class Call(ABC):
     @property
     @abstractmethod
     def rows(self) -> Rows:
-        """The tokens of the forward."""
+        """Return the tables of positions and documents of the forward."""
 
     @abstractmethod
     def run(self, pattern: "MaskedAttention", q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> Tensor:
@@ -93,7 +97,8 @@ class Cost:
     """The cost of attention that is no static pattern."""
 
     keys: float  # keys that a query attends to, averaged over queries of a full row
-    other_flops: float = 0.0  # that a query and head take beside, such as those of choosing keys
+    other_flops: float = 0.0  # of a query and head besides attending, such as those of choosing keys
+    has_mask: bool = True  # made from q and k, which each layer keeps to its backward
 
 
 class Attention(ABC):
@@ -103,7 +108,7 @@ class Attention(ABC):
     before tuning, which always trains it, and exported and loaded with the model.
     """
 
-    supports_sequence_parallel: ClassVar[bool] = True  # the layout tells which heads are here
+    supports_sequence_parallel: ClassVar[bool] = True  # on some of the heads, which the layout names
 
     @abstractmethod
     def attend(self, module: nn.Module, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, call: Call) -> Tensor:
@@ -132,7 +137,7 @@ class Attention(ABC):
         return self.learns and self.name in parameter_name.split(".")
 
     def bounds(self) -> Mapping[str, Bounds]:
-        """Return within which bounds parameters of the child are kept after every optimizer step, by name."""
+        """Return the bounds within which parameters of the child are kept after every optimizer step, by name."""
         return {}
 
     def check(self, config: PreTrainedConfig, lengths: list[int]) -> None:  # noqa: B027 - most fit always
@@ -148,7 +153,7 @@ class Attention(ABC):
 
 
 class MaskedAttention(Attention):
-    """A static pattern.
+    """A method that is one static pattern: a function of positions, the same for every text.
 
     `visible` sees positions *inside a document*, so a packed document attends exactly as it would alone. Causality,
     documents, padding and the model's own window are and-ed to every pattern where it is installed, never here.
@@ -158,34 +163,35 @@ class MaskedAttention(Attention):
     pattern that is more than the values of its fields (`lctrain.attention.identity`), such as one that holds a tensor
     made from q and k, is prepared anew on each call and never remembered.
 
-    Written with + - * // % comparisons & | ~ it is also evaluated on intervals of positions, and which blocks it leaves
-    empty or fills costs nothing to find (`lctrain.kernels.interval`); anything else works, and builds more slowly.
+    A `visible` that is written with + - * // %, comparisons and & | ~ is also evaluated on intervals of positions, so
+    that the blocks that it leaves empty or fills are found without a look at pairs (`lctrain.kernels.interval`). Any
+    other works too, and its blocks are found pair by pair.
     """
 
     @abstractmethod
     def visible(self, layout: Layout) -> PositionMask:
-        """The pattern of one layer as a function of positions."""
+        """Return the pattern of one layer as a function of positions."""
 
     def local(self, layout: Layout, head: int) -> Local | None:
-        """All that a query head sees, where that is its group, or recent tokens and sinks. Kernels know these."""
+        """Return all that a query head sees, where that is its group, or recent tokens and sinks; else None."""
         return None
 
     def local_heads(self, layout: Layout, heads: Iterable[int]) -> tuple[Local, ...] | None:
-        """`local` of each of these heads, None where one of them sees anything else."""
+        """Return `local` of each of these heads; None where one of them sees anything else."""
         found = [self.local(layout, head) for head in heads]
         known = tuple(local for local in found if local is not None)
         return known if len(known) == len(found) else None
 
     def layer_group(self, layer_idx: int) -> Hashable:
-        """Layers of one group share one mask."""
+        """Return the group of a layer; the layers of one group share one mask."""
         return None
 
     def head_group(self, layout: Layout, head: int) -> Hashable:
-        """Query heads of one group see the same; `head` counts those of the whole layer."""
+        """Return the group of a query head, counted over the whole layer; the heads of one group see the same."""
         return None
 
     def head_groups(self, layout: Layout, num_heads: int) -> tuple[Hashable, ...]:
-        """Of `num_heads` query heads from `layout.first_head` on; one where they are all alike."""
+        """Return the groups of `num_heads` query heads from `layout.first_head` on; one where they are all alike."""
         groups = tuple(self.head_group(layout, layout.first_head + head) for head in range(num_heads))
         return groups if len(set(groups)) > 1 else groups[:1]
 
@@ -197,7 +203,7 @@ class MaskedAttention(Attention):
 
 
 def require_positive(method: object, **values: int | float | None) -> None:
-    """InputError unless every given value is positive."""
+    """Raise InputError unless every given value is positive."""
     for name, value in values.items():
         if value is not None and value <= 0:
             raise InputError(f"{type(method).__name__}: {name} must be positive, got {value}")

@@ -16,10 +16,10 @@ from lctrain.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """The blocks of rows whose tokens are all there, in the order of documents and positions.
+    """The complete blocks of rows, in the order of documents and positions.
 
-    A row of S tokens has at most S // M of them. Where it has fewer, the last entries are not `complete`: these hold
-    the row's first token, and must be seen by nothing.
+    A row of S tokens has at most S // M of them. Where it has fewer, the last entries are not `complete`: their other
+    fields mean nothing, and no query may see them.
     """
 
     members_BNM: Tensor  # indices of a block's tokens

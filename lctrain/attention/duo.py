@@ -34,7 +34,7 @@ class Gates(nn.Module):
 
 
 def _mix(gates_H: Tensor, full_BLHD: Tensor, streaming_BLHD: Tensor) -> Tensor:
-    # In the gate's fp32: its gradient is the difference of two sums over all tokens, which bf16 would drown.
+    # In the gate's fp32: its gradient is the difference of two sums over all tokens, which bf16 would round away.
     gates = gates_H[:, None]
     return (gates * full_BLHD + (1 - gates) * streaming_BLHD).to(full_BLHD.dtype)
 
@@ -68,12 +68,12 @@ class DuoAttention(Attention):
 
     @cached_property
     def full(self) -> MaskedAttention:
-        """The branch of retrieval."""
+        """Return full attention, the branch of retrieval heads."""
         return FullAttention()
 
     @cached_property
     def streaming(self) -> MaskedAttention:
-        """The branch of sinks and recent tokens."""
+        """Return attention to sinks and recent tokens, the branch of streaming heads."""
         return StreamingAttention(num_sink_tokens=self.num_sink_tokens, recent_size=self.recent_size)
 
     def attend(self, module: nn.Module, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, call: Call) -> Tensor:

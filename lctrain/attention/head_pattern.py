@@ -18,8 +18,8 @@ from lctrain.heads import HeadPattern
 class HeadPatternAttention(Attention):
     """What DuoAttention deploys (Xiao et al., arXiv:2410.10819, §2.4): each head either retrieves or streams.
 
-    Each pattern runs at its own cost. `path` is a pattern's JSON, TSV or an exported folder.
-    What is not null replaces what the file says: which heads stream, by the `threshold` of their gates or by the
+    Full and streaming attention run at their own costs. `path` is a pattern's JSON, TSV or an exported folder. Options
+    that are not null replace what the file says: which heads stream, by the `threshold` of their gates or by the
     `streaming_share` of all heads, and what those keep.
     """
 
@@ -31,7 +31,7 @@ class HeadPatternAttention(Attention):
 
     @cached_property
     def pattern(self) -> HeadPattern:
-        """Read once, when it is asked for. InputError if there is none."""
+        """Return the deployed pattern, read from `path` at the first use. Raises InputError if there is none."""
         return HeadPattern.read(self.path).deployed(
             threshold=self.threshold,
             streaming_share=self.streaming_share,
@@ -41,7 +41,7 @@ class HeadPatternAttention(Attention):
 
     @cached_property
     def streaming(self) -> MaskedAttention:
-        """What streaming heads see."""
+        """Return the pattern of streaming heads."""
         return StreamingAttention(num_sink_tokens=self.pattern.num_sink_tokens, recent_size=self.pattern.recent_size)
 
     def attend(self, module: nn.Module, q_BHLD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, call: Call) -> Tensor:

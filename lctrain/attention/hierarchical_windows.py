@@ -21,7 +21,7 @@ COMBINE = ("heads", "projection")
 
 
 class Projection(nn.Module):
-    """A projection from the outputs of all windows to one output in each query head, which begins as the widest."""
+    """A projection from the outputs of all windows to one output in each query head, at first the widest window's."""
 
     def __init__(self, num_attention_heads: int, num_widths: int, head_dim: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class HierarchicalWindows(Attention):
 
     @cached_property
     def patterns(self) -> tuple[MaskedAttention, ...]:
-        """The windows, the narrowest first."""
+        """Return the windows, the narrowest first."""
         return tuple(SlidingWindowAttention(sliding_window=width) for width in self.sliding_windows)
 
     @property

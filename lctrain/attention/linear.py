@@ -129,7 +129,7 @@ class LinearAttention(Attention):
         return out_BKGLD.flatten(1, 2)
 
     def _entries(self, phi_k: Tensor, v_BKSE: Tensor, log_decay_BKS: Tensor, documents_BS: Tensor) -> Entries:
-        """Return one that is empty, and for each token the one that leaves its window, empty where there is none."""
+        """Return an empty entry, then for each token the one that leaves its window, or an empty entry if none does."""
         num_entries, lag = documents_BS.shape[1] + 1, self.sliding_window + 1
         return Entries(
             k_BKLF=F.pad(phi_k, (0, 0, lag, 0)),
@@ -153,7 +153,7 @@ class LinearAttention(Attention):
         # A key takes 4·D FLOPs. The value of a token in the chunk takes half of that; the state takes as much for each
         # dimension of feature_dim, and the map half.
         keys = in_window + in_chunk / 2 + share * 1.5 * self.feature_dim
-        return [(Cost(keys=keys, other_flops=4 * self.feature_dim * in_chunk), num_heads)]
+        return [(Cost(keys=keys, other_flops=4 * self.feature_dim * in_chunk, has_mask=False), num_heads)]
 
     def check(self, config: PreTrainedConfig, lengths: list[int]) -> None:
         linear = [layer for layer in range(config.num_hidden_layers) if self.is_linear(layer)]

@@ -11,8 +11,8 @@ from lctrain.attention.selected import SelectedBlocks
 class MoBA(SelectedBlocks):
     """Mixture of Block Attention (Lu et al., arXiv:2502.13189, §2.2): the score of a block is q · mean(its keys).
 
-    `top_k` counts the own block, as the paper does: 3 means the own block and two earlier ones. There is nothing to
-    learn. Every query head chooses for itself, as in the paper, by the mean keys of its key-value head. Keys are
+    `top_k` counts the query's own block, as the paper does: 3 means its own block and two earlier ones. Nothing is
+    learned. Every query head chooses for itself, as in the paper, by the mean keys of its key-value head. Keys are
     averaged as attention reads them, after rotation, and scores are computed in fp32.
     """
 

@@ -32,7 +32,7 @@ class SegmentAttention(Attention):
 
     tokens from h₁ to p as they are, those from hₗ₊₁ to hₗ in summaries of level l, and all before the last h in the
     coarsest. So at least `recent_size` tokens are seen as they are, itself included. A segment closes when its last
-    token leaves them, and is absorbed as soon as a coarser segment is full: online, from the past alone.
+    token is none of the last `recent_size`, and is absorbed as soon as a coarser segment is full of closed ones.
 
     A summary is the mean of its members' keys (rotated, as the kernel reads them) and values. `pooling` "attention"
     weighs them by softmax(u · key / √D) instead, with a learned u per level and key-value head, which begins at 0: the
@@ -167,8 +167,8 @@ def _in_summaries(levels: list[Blocks], sizes: Sequence[int], horizons: list[Ten
     horizons_BSl = torch.stack(horizons, -1)
 
     def visible(b, h, q, e):  # type: ignore[no-untyped-def]
-        behind = begins_BE[b, e] < horizons_BSl[b, q, level_E[e]]  # both are multiples of the level's size
+        closed = begins_BE[b, e] < horizons_BSl[b, q, level_E[e]]  # both are multiples of the level's size
         absorbed = begins_BE[b, e] < horizons_BSl[b, q, level_E[e] + 1]
-        return behind & ~absorbed & (documents_BE[b, e] == rows.documents_BS[b, q])
+        return closed & ~absorbed & (documents_BE[b, e] == rows.documents_BS[b, q])
 
     return visible

@@ -22,9 +22,9 @@ from lctrain.attention.blocks import Blocks, refuse_own_window
 class SelectedBlocks(Attention):
     """Attention to the query's own block and the `top_k` - 1 earlier blocks of its document with the best scores.
 
-    Blocks have `block_size` tokens, counted from the document's begin; the own one is seen causally. Blocks that a
-    query can't see are no candidates, so that they use up no choice. One softmax runs over all tokens that are seen,
-    and gradients flow through it alone, not through the choice. A method is its `score`.
+    Blocks have `block_size` tokens, counted from the document's begin; a query sees its own block causally. Blocks that
+    a query can't see are no candidates, so that they use up no choice. One softmax runs over all tokens that are seen,
+    and gradients flow through it alone, not through the choice. A subclass defines `score`.
 
     The choice depends on q and k of tokens up to the query only: a text that is decoded attends as one that is read at
     once. Keys of all earlier tokens are read for each choice, also while decoding.

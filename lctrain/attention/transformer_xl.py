@@ -1,5 +1,6 @@
 """Transformer-XL's recurrence over segments."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from lctrain.attention.base import Call, Extra, Layout, MaskedAttention, require_positive
+from lctrain.attention.base import Call, Cost, Extra, Layout, MaskedAttention, require_positive
 from lctrain.errors import InputError
 from lctrain.kernels.mask import Local, PositionMask
 
@@ -64,6 +65,14 @@ class TransformerXL(MaskedAttention):
         k_BKED, v_BKED = (x[:, :, :num_tokens].detach() for x in (k_BKSD, v_BKSD))
         memory = Extra(k_BKED=k_BKED, v_BKED=v_BKED, visible=remembered)
         return call.over(own, q_BHLD, k_BKSD, v_BKSD, memory)
+
+    def parts(self, layout: Layout) -> Sequence[tuple[MaskedAttention | Cost, int]]:
+        if not (self.detach and self.memory_size):
+            return super().parts(layout)
+        position = torch.arange(layout.length)
+        begin = position // self.segment_size * self.segment_size
+        seen = position + 1 - begin + begin.clamp(max=self.memory_size)
+        return [(Cost(keys=float(seen.double().mean())), layout.num_attention_heads)]
 
     def check(self, config: PreTrainedConfig, lengths: list[int]) -> None:
         if self.segment_size >= lengths[-1]:

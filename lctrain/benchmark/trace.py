@@ -45,7 +45,7 @@ def trace(cfg: DictConfig) -> Traced:
     show(table(traced))
     print(
         f"{traced.seconds:.3f} s, {traced.busy:.2%} of it busy; {traced.num_synchronizations} waits of the host, "
-        f"{traced.num_compilations} compilations behind the first step; {folder}"
+        f"{traced.num_compilations} compilations after the first step; {folder}"
     )
     return traced
 

@@ -59,8 +59,8 @@ class Store(State, ABC):
     `keys` and `values` are buffers [B, K, ≥ kept, D]. Any other tensor that a store keeps begins with the batch too:
     beams select rows of all of them, and a reset restores every attribute to its state before the first token.
 
-    A store answers two questions. `forgets`: whether it drops tokens, which can't be brought back then. `decides`:
-    whether it decides which kept tokens are seen; where it does not, any attention method may.
+    A store declares two attributes. `forgets`: whether it drops tokens, which can't be brought back then. `decides`:
+    whether it decides which kept tokens are seen; where it does not, the installed attention method does.
     """
 
     forgets: ClassVar[bool] = True

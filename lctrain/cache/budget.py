@@ -28,11 +28,11 @@ class BudgetStore(Store):
     """A store of at most `budget` tokens in each key-value head: the last `recent_size`, and the best of `score`.
 
     The queries of a forward see all tokens kept before it and, causally, the forward's own. After it, the tokens that
-    are not among the best are dropped, and the others are gathered into new tensors in the order of the text. So what
-    a text gives depends on how it is divided into forwards, but only because that is when tokens are dropped.
+    are not among the best are dropped, and the others are gathered into new tensors in the order of the text. So the
+    output depends on how a text is divided into forwards.
 
     Beside `keys` and `values`, it holds `positions` and `scores` [B, K, N], as in `Seen`. Padding takes slots only
-    where a row has fewer tokens than there are, and those slots come first, alike in all heads.
+    where a row has fewer tokens than there are slots; slots of padding come first, alike in all heads.
     """
 
     def __init__(self, score: Callable[[Seen], Tensor], budget: int, recent_size: int) -> None:
@@ -162,6 +162,11 @@ class BudgetCache(CachePolicy):
 
     def check(self, config: PreTrainedConfig, length: int | None = None) -> None:
         require_full_layers(config)
+        if min(self.budgets(config)) <= self.recent_size:
+            raise InputError(
+                f"cache.pyramid_beta={self.pyramid_beta} leaves the last layers of cache.budget={self.budget} nothing "
+                "beside recent tokens; give a larger budget or a smaller pyramid_beta"
+            )
         if length is not None and (least := min(self.budgets(config))) >= length:
             raise InputError(
                 f"with cache.budget={self.budget} every layer keeps {least} tokens or more, which is all of {length}; "

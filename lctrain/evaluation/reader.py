@@ -14,6 +14,12 @@ from lctrain.cache.base import CachePolicy, prefill
 from lctrain.cache.full import FullCache
 from lctrain.model.head import hidden_states, token_losses
 
+# generate takes whatever is not given from the model's folder, where chat models have penalties and minimum lengths.
+GREEDY = {
+    "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0,
+    "min_length": 0,
+}  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
@@ -35,7 +41,7 @@ class Reader:
         input_ids, mask = self._padded(prompts)
         cache = self.cache.new(self.model)
         prefill(self.model, input_ids, mask, cache, self.prefill_chunk_size)
-        config = GenerationConfig(do_sample=False, max_new_tokens=max(num_tokens), pad_token_id=self._pad_token_id)
+        config = GenerationConfig(**GREEDY, max_new_tokens=max(num_tokens), pad_token_id=self._pad_token_id)
         output = cast(Any, self.model).generate(
             input_ids=input_ids, attention_mask=mask, past_key_values=cache, generation_config=config
         )

@@ -107,12 +107,16 @@ def log_media(run: "wandb.Run", folder: Path, results: Results) -> None:
     tables = {"by_length": wandb.Table(columns=headings, data=rows)}
     if recalled := recall_cells(results):
         tables["by_cell"] = wandb.Table(columns=["label", "task", "length", "depth", "recalled"], data=recalled)
-    numbers = {
+    run.log({**numbers(results), **{f"evaluation/{name}": table for name, table in tables.items()}, **images})
+
+
+def numbers(results: Results) -> dict[str, float]:
+    """Return each result under evaluation/task/label/length."""
+    return {
         f"evaluation/{column.task}/{column.label}/{length}": value
-        for column in found
+        for column in columns(results)[1]
         for length, value in column.by_length.items()
     }
-    run.log({**numbers, **{f"evaluation/{name}": table for name, table in tables.items()}, **images})
 
 
 def recall_cells(results: Results) -> list[list[Any]]:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedConfig
@@ -23,14 +23,14 @@ from lctrain.errors import InputError
 from lctrain.evaluation.base import Cell, Result, Task, Texts
 from lctrain.evaluation.journal import Journal
 from lctrain.evaluation.reader import Reader
-from lctrain.evaluation.report import log_media, table, write_report
+from lctrain.evaluation.report import log_media, numbers, table, write_report
 from lctrain.folder import TRACES, RunFolder, write_aside
 from lctrain.memory.savings import NOTHING
 from lctrain.model.recipe import ModelRecipe, PretrainedModel
 from lctrain.model.tuning import Frozen
 from lctrain.rope.none import NoScaling
 from lctrain.tables import show
-from lctrain.tracking import describe, finish, loggers_of
+from lctrain.tracking import WandB, describe, finish, loggers_of
 
 ELSEWHERE = ("run_dir", "resume", "logger")  # settings that do not influence what is measured
 
@@ -133,8 +133,10 @@ def report(
     settings = {name: value for name, value in public(cfg).items() if name not in ELSEWHERE}
     write_report(Path(cfg.run_dir), results, config=settings, **told)
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            log_media(logger.experiment, Path(cfg.run_dir), results)
+        if isinstance(logger, WandB):
+            logger.tell("the report", lambda run: log_media(run, Path(cfg.run_dir), results))
+        else:
+            logger.log_metrics(numbers(results))
     show(table(results))
     print(f"report.json, pictures and more in {cfg.run_dir}")
 

@@ -88,7 +88,7 @@ def recurrent(q_BKGLF: Tensor, documents_BL: Tensor, entries: Entries, state: St
 
 
 def chunked(q_BKGLF: Tensor, documents_BL: Tensor, entries: Entries, state: State, chunk_size: int) -> Tensor:
-    """Return the same sums, from all pairs inside each chunk and the state at its begin."""
+    """Return the sums that `recurrent` returns, from all pairs inside each chunk and the state at its begin."""
     num_rows, length = documents_BL.shape
     if length <= chunk_size:
         within = entries.read(q_BKGLF, documents_BL)
@@ -107,7 +107,8 @@ def chunked(q_BKGLF: Tensor, documents_BL: Tensor, entries: Entries, state: Stat
 def _begins(chunks: Entries, state: State) -> State:
     """Return the state at the begin of every chunk of the rows, of which `state` is that at their begin.
 
-    That is linear attention too, to what the chunks before add up to: fewer steps than handing it from one to the next.
+    Each is the decayed sum of what the chunks before it add: linear attention with one entry for each chunk. So
+    `chunked` computes all of them, in fewer steps than one chunk after another.
     """
     num_rows = len(state.documents_B)
     sums, ends, log_decays = (

@@ -35,7 +35,7 @@ class ForwardMask:
     mask_function: IndexMask  # causality, the model's own window
     padding_BS: Tensor | None  # True where a key is a token
     positions_BS: Tensor | None  # positions of keys among the row's tokens; given with padding
-    prepared: dict[Any, Any] = field(default_factory=dict)  # kernels' forms of masks, by pattern; and `shared`
+    prepared: dict[Any, Any] = field(default_factory=dict)  # kernels' forms of masks, by pattern; and `tables`
     shared: dict[Any, Any] = field(default_factory=dict)  # results that layers compute for each other
 
     @property

@@ -164,6 +164,8 @@ class ModelRecipe(ABC):
         log.info("attention: %s on kernel %s", self.attention, kernel)
         if values := self.learned():
             learned.fill(model, self.attention, values)
+        elif self.attention.learns and isinstance(self.tuning, Frozen):
+            log.warning("attention: %s has learned nothing yet, and runs as it begins", self.attention)
         tuned = self._tune(model, half)
         liger = layers.uses_liger(self.layer_kernel, model.device.type)
         self.speed_up(unwrap(tuned), layers.liger() if liger else None, PinnedHost())
@@ -278,7 +280,7 @@ class PretrainedModel(ModelRecipe):
         return cast(PreTrainedModel, model)
 
     def learned(self) -> dict[str, Tensor]:
-        return learned.values_for(self.attention, Path(self.path)) if self.attention.learns else {}
+        return learned.values_for(self.attention, self.path, self.revision) if self.attention.learns else {}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -9,10 +9,12 @@ from hydra.utils import instantiate
 from transformers import PreTrainedModel
 
 from lctrain.attention.base import Attention
+from lctrain.attention.duo import DuoAttention
 from lctrain.cache.base import CachePolicy
 from lctrain.cache.duo import DuoCache
 from lctrain.cache.full import FullCache
 from lctrain.config import compose
+from lctrain.errors import InputError
 from lctrain.heads import JSON, TSV, HeadPattern
 from lctrain.model.learned import method_of
 from lctrain.model.recipe import PretrainedModel
@@ -30,18 +32,21 @@ def load(
     """Return the model in `path` with its attention and its cache policy.
 
     `model.generate(**inputs, past_key_values=policy.new(model))` runs the model.
-    Without `attention`, the model runs what it learned, or else full attention. Without `cache`, a folder with a head
-    pattern is served with DuoAttention's cache and full attention, any other with a cache that keeps all.
+    Without `attention`, the model runs the method of its export, if that learned, or else full attention. Without
+    `cache`, a folder with a head pattern is served with DuoAttention's cache and full attention, any other with a cache
+    that keeps all.
     `path` is a folder in Hugging Face format or a hub id. Raises InputError before weights are read.
     """
     cfg = compose("evaluate")  # full attention, positions as the folder has them
     cfg.model.path, cfg.model.dtype, cfg.kernel = str(path), dtype, kernel
     recipe: PretrainedModel = instantiate(cfg.model, _convert_="all")
     policy = cache or _policy(Path(path))
-    method = attention or (None if policy.decides else method_of(Path(path)))
-    if method is not None:
-        recipe = replace(recipe, attention=method)
     policy.check(recipe.config())
+    method = attention or method_of(recipe.path, recipe.revision)
+    if method is not None and not (policy.decides and isinstance(method, DuoAttention)):  # its pattern is the cache's
+        if policy.decides:
+            raise InputError(f"{type(policy).__name__} decides itself what heads see, instead of {method}")
+        recipe = replace(recipe, attention=method)
     recipe.check([recipe.sequence_length], torch.device(device).type)
     return cast(PreTrainedModel, recipe.build(device).eval()), policy
 

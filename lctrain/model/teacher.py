@@ -31,5 +31,5 @@ def check_teacher(recipe: ModelRecipe) -> None:
     if own:
         raise InputError(
             f"distillation needs a teacher that stays as it is, and this tuning trains {len(own)} of the model's own "
-            f"parameters ({own[0]}, …); use tuning=gates or tuning=lora"
+            f"parameters ({own[0]}, …); use tuning=method, tuning=gates or tuning=lora"
         )

@@ -125,8 +125,9 @@ def _masks(config: Any, method: Attention, step: Step, savings: Savings, itemsiz
     for layer in range(config.num_hidden_layers):
         layout = layer_layout(config, step.length, layer)
         for part, (pattern, num_heads) in enumerate(method.parts(layout)):
-            if isinstance(pattern, Cost):  # a mask made from q and k, which the layer keeps to its backward
-                grids[layer, part] = step.rows * num_heads // step.sequence_parallel_size
+            if isinstance(pattern, Cost):
+                if pattern.has_mask:
+                    grids[layer, part] = step.rows * num_heads // step.sequence_parallel_size
                 continue
             share, seen = max(1, num_heads // num_shares), kind(pattern)
             for first in range(0, num_heads, share):

@@ -44,8 +44,8 @@ class Sharding:
         if not self.stage:
             return memory
         share = memory.gradients // self.num_devices  # in fp32, as all that trains
-        # All stages update a copy of what trains. Stage 3 means to update in place, but compares a device with its
-        # name, which never equal each other, and copies too.
+        # All stages update a copy of what trains. Stage 3 is written to update in place, but it
+        # compares a device with that device's name, which are never equal, and so copies too.
         optimizer, weights, host = memory.optimizer // self.num_devices + share, memory.weights, memory.host
         group = (SUB_GROUP + largest // self.num_devices) * FP32  # what stage 3 updates at a time, at the most
         updated = share if self.stage < 3 else min(share, group)

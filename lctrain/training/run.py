@@ -14,6 +14,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
+from lctrain.attention.base import Attention
+from lctrain.attention.duo import DuoAttention
 from lctrain.checkpoint import read_state
 from lctrain.config import dump
 from lctrain.data.datamodule import LongContextData
@@ -87,6 +89,7 @@ def train(cfg: DictConfig) -> Trained:
     datamodule.prepare_data()
     datamodule.setup("fit")
     if cfg.evaluation:  # refuse its settings now, not after the last step
+        _check_evaluated(cfg, module.recipe.attention)
         check_evaluation(cfg, module.recipe.config(), datamodule)
     if trainer.is_global_zero:
         folder.acquire()
@@ -142,12 +145,26 @@ def _check_strategy(cfg: DictConfig, trainer: Trainer, recipe: ModelRecipe) -> N
     """Raise InputError for a strategy that can't train this recipe."""
     if cfg.precision == "fp8" and cast(ShardedCheckpoints, trainer.strategy).zero3 is not None:
         raise InputError("precision=fp8 holds whole matrices and stage 3 shards them; use strategy=zero2")
-    if cfg.strategy.get("half_precision") and not (recipe.tuning.trains_all and recipe.autocasts()):
-        raise InputError("strategy.half_precision is for tuning=full with model.dtype=bfloat16; set it to false")
+    whole = recipe.tuning.trains_all and recipe.autocasts() and not recipe.attention.learns
+    if cfg.strategy.get("half_precision") and not whole:
+        raise InputError(
+            "strategy.half_precision is for tuning=full with model.dtype=bfloat16 and an attention that learns "
+            "nothing; set it to false"
+        )
     if isinstance(trainer.strategy, ZeRO) and "bf16" in str(cfg.trainer.precision):
         raise InputError("ZeRO trains in model.dtype: use model.dtype=bfloat16 instead of trainer.precision=bf16-mixed")
     if cfg.trainer.num_nodes > 1 and trainer.world_size == 1:
         raise InputError(f"strategy=single is for one process, trainer.num_nodes={cfg.trainer.num_nodes}; use ddp")
+
+
+def _check_evaluated(cfg: DictConfig, trained: Attention) -> None:
+    """Raise InputError if the evaluation would leave out what the attention learns, or take it for other settings."""
+    evaluated = instantiate(cfg.evaluation_attention, _convert_="all")
+    if trained.learns and not isinstance(trained, DuoAttention) and evaluated != trained:  # Duo's is a head pattern
+        raise InputError(
+            f"{trained} learns, and would be evaluated as {evaluated}; give attention@evaluation_attention="
+            f"{trained.name} the same settings, or evaluation=none"
+        )
 
 
 def _check_trained(recipe: ModelRecipe) -> None:

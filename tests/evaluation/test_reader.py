@@ -29,6 +29,17 @@ def test_chunks_change_no_reply(reader, ids, chunk_size):
     assert replace(reader, prefill_chunk_size=chunk_size).complete(ids, REPLY) == reader.complete(ids, REPLY)
 
 
+def test_a_folders_settings_of_generation_change_no_reply(reader, ids):
+    """Chat models bring penalties and minimum lengths, which are no part of the model that is measured."""
+    replies, config = reader.complete(ids, REPLY), reader.model.generation_config
+    before = copy.deepcopy(config)
+    config.repetition_penalty, config.no_repeat_ngram_size, config.do_sample, config.temperature = 5.0, 1, True, 3.0
+    try:
+        assert reader.complete(ids, REPLY) == replies
+    finally:
+        reader.model.generation_config = before
+
+
 @pytest.mark.parametrize("chunk_size", [1, 50, None])
 def test_losses_and_replies_are_those_of_the_policy(reader, ids, chunk_size):
     streaming = StreamingCache(num_sink_tokens=1, recent_size=8, positions="text")

@@ -18,9 +18,10 @@ CARDS = [pytest.mark.multi_gpu, pytest.mark.skipif(torch.cuda.device_count() < 2
 SECONDS = 240
 OFFLOAD = ["strategy=zero3", "strategy.offload_optimizer=true", "strategy.offload_parameters=true"]
 STRATEGIES = {name: [f"strategy={name}"] for name in ("ddp", "zero1", "zero2", "zero3")} | {"zero3-offload": OFFLOAD}
+HALF = ["strategy=zero3", "strategy.half_precision=true", "tuning=full", "model.dtype=bfloat16"]
 MATRIX = {
     f"{name}-sp{sp}": [*words, f"sequence_parallel_size={sp}"] for name, words in STRATEGIES.items() for sp in (1, 2)
-}
+} | {"zero3-half-sp2": [*HALF, "sequence_parallel_size=2"]}
 FAILS = [
     *("strategy=ddp", "trainer.max_steps=9", "callbacks.watchdog.timeout_minutes=0.25"),
     *("+callbacks.fill._target_=sabotage.Fill", "+callbacks.fill.rank=1", "+callbacks.fill.step=3"),

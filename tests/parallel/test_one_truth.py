@@ -32,6 +32,7 @@ DUO = [  # only gates train, towards the same model's full attention
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 ROWS_PER_STEP = 8
 FP32, BF16 = 1e-5, 3e-2
+HALF = 0.1  # norms, embeddings and their gradients are rounded too: 0.04 of a loss of 5.5 was seen
 GROUPS_ON_CARDS = {1: 2, 2: 3}  # of ranks → side by side; cards take turns between processes, which slows exchanges
 
 
@@ -72,6 +73,8 @@ def on_two_ranks():
     heads = ["memory=checkpoint", "memory.kv_heads_at_a_time=1", "memory.save_attention=1"]
     cases["lora/heads-ddp-sp2"] = case("shifted_sparse", "adamw", "tuning=lora", "strategy=ddp", *heads, ranks=2, sp=2)
     cases["full-adamw/heads-zero2-sp2"] = case("full", "adamw", "strategy=zero2", *heads, ranks=2, sp=2)
+    half = ["strategy=zero3", "strategy.half_precision=true", "tuning=full", "model.dtype=bfloat16"]
+    cases["bf16-full/zero3-half"] = case("shifted_sparse", "adamw", *half, ranks=2, sp=2)
     offload = ["strategy=zero3", "strategy.offload_optimizer=true", "strategy.offload_parameters=true"]
     cases["full-adamw/zero3-offload"] = case("full", "adamw", *offload, ranks=2)
     cases["full-adamw/zero1-offload"] = case(
@@ -109,7 +112,7 @@ def trained(train_on_ranks):
 
 @pytest.mark.parametrize(("num_ranks", "name"), [(n, name) for n in (2, 4) for name in CASES[n]])
 def test_it_is_the_run_of_one_process(trained, num_ranks, name):
-    compare(trained(1)[name.partition("/")[0]], trained(num_ranks)[name], BF16 if name.startswith("bf16") else FP32)
+    compare(trained(1)[name.partition("/")[0]], trained(num_ranks)[name], tolerance_of(name))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +131,20 @@ def trained_on_cards(train_on_ranks):
 @pytest.mark.parametrize("name", CASES[2])
 def test_on_two_cards_it_is_the_run_of_one(trained_on_cards, name):
     one, two = trained_on_cards[1][name.partition("/")[0]], trained_on_cards[2][name]
-    compare(one, two, BF16 if name.startswith("bf16") else FP32)
+    compare(one, two, tolerance_of(name))
+
+
+def tolerance_of(name):
+    if name.endswith("half"):
+        return HALF
+    return BF16 if name.startswith("bf16") else FP32
+
+
+def test_half_precision_saves_the_copy_that_it_updates(trained):
+    """In bf16 a small step would be lost."""
+    values = read_values(trained(2)["bf16-full/zero3-half"] / "checkpoints/step-00000020.ckpt").values()
+    assert all(value.dtype == torch.float32 for value in values)
+    assert any((value != value.bfloat16()).any() for value in values)
 
 
 def compare(one, many, tolerance):
@@ -144,4 +160,4 @@ def compare(one, many, tolerance):
     assert weights.keys() == other_weights.keys()
     furthest = max(float((weights[key] - other_weights[key]).abs().max()) for key in weights)
     assert furthest < tolerance
-    assert rows[0]["loss"] - rows[-1]["loss"] > 100 * tolerance or tolerance == BF16  # it did train
+    assert rows[0]["loss"] - rows[-1]["loss"] > 100 * tolerance or tolerance >= BF16  # it did train

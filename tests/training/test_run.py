@@ -138,3 +138,22 @@ def random_base(folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+LEARNS = ["attention=hierarchical_windows", "attention.sliding_windows=[3,9]"]
+AS_TRAINED = ["attention@evaluation_attention=hierarchical_windows", "evaluation_attention.sliding_windows=[3,9]"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ([*LEARNS, "evaluation=perplexity"], r"learns, and would be evaluated as FullAttention\(\)"),
+        ([*LEARNS, *AS_TRAINED[:1], "evaluation=perplexity"], r"would be evaluated as HierarchicalWindows\("),
+        (["strategy=zero3", "strategy.half_precision=true"], "half_precision is for tuning=full with model.dtype=bf"),
+        ([*LEARNS, "strategy=zero3", "strategy.half_precision=true", "model.dtype=bfloat16"], "that learns nothing"),
+    ],
+)
+def test_what_would_measure_or_train_something_else_is_refused(run, tmp_path, overrides, line):
+    with pytest.raises(InputError, match=line):
+        run(*overrides)
+    assert not (tmp_path / "run").exists()

@@ -13,7 +13,7 @@ Metric = Callable[[str, str, Sequence[str]], float]
 
 
 def qa_f1(reply: str, reference: str, classes: Sequence[str] = ()) -> float:
-    """Return the F1 of the words that both have, as often as both have them, after SQuAD's normalisation."""
+    """Return the F1 of the words of reply and reference, counted with repetitions, after SQuAD's normalisation."""
     ours, theirs = words(reply), words(reference)
     num_same = (Counter(ours) & Counter(theirs)).total()
     if num_same == 0:
@@ -97,7 +97,7 @@ def count(reply: str, reference: str, classes: Sequence[str] = ()) -> float:
 def code_similarity(reply: str, reference: str, classes: Sequence[str] = ()) -> float:
     """Return how alike the reference and the reply's first line of code are, in whole hundredths.
 
-    The line is the first without `, # and //. Alike is difflib's ratio, which fuzzywuzzy 0.18 computes where
+    The line is the first without `, # and //. The measure is difflib's ratio, which fuzzywuzzy 0.18 computes where
     python-Levenshtein, which LongBench does not require, is not installed; that gives other numbers.
     """
     lines = reply.lstrip("\n").split("\n")

@@ -20,11 +20,11 @@ PLAIN = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")  # LongBenc
 class LongBench(Generation):
     """A task of the questions in `path`, a JSONL file of LongBench's, of which the first `num_samples` are asked.
 
-    `prompt` is filled with a question's fields, such as {context} and {input}. A prompt that is longer than a length
-    leaves beside `max_new_tokens` loses tokens in its middle: as many are kept before them as after (LongBench's 3,500
-    tokens are lengths=[3532] with an answer of 32). A score is the best of `metric` over the answers; with `first_line`
-    only the reply's first line counts. Deviations: halves that take more tokens once they are joined as text are cut
-    further, and the tokens of a chat template are part of the length.
+    `prompt` is filled with a question's fields, such as {context} and {input}. A prompt that does not fit
+    into a length together with `max_new_tokens` loses tokens in its middle: as many are kept before the gap as after it
+    (LongBench's 3,500 tokens are lengths=[3532] with an answer of 32). A score is the best of `metric` over the
+    answers; with `first_line` only the reply's first line counts. Deviations: halves that take more tokens once they
+    are joined as text are cut further, and the tokens of a chat template are part of the length.
     """
 
     path: str
@@ -48,7 +48,7 @@ class LongBench(Generation):
 
     @cached_property
     def questions(self) -> list[Question]:
-        """The questions that are asked, read once."""
+        """Return the questions that are asked, read once."""
         return read_questions(self.path)[: self.num_samples]
 
     @property
@@ -62,7 +62,9 @@ class LongBench(Generation):
         for question in self.questions:
             self.text(question)
             if self.chat_template and question["dataset"].removesuffix("_e") in PLAIN:
-                raise InputError(f"{self.path}: {question['dataset']} is asked without one; use chat_template=null")
+                raise InputError(
+                    f"{self.path}: {question['dataset']} is asked without a chat template; use chat_template=null"
+                )
             if self.metric == "classification" and not question["all_classes"]:
                 raise InputError(f"{self.path}: metric=classification needs all_classes; {question['_id']} has none")
         self.ids(tokenizer, self.text(self.questions[0]), self.context_lengths[0])

@@ -32,12 +32,12 @@ Draw = Callable[[Random, int], Sample]
 
 @dataclass(frozen=True, kw_only=True)
 class Ruler(Generation):
-    """A task of `num_samples` prompts per length, whose haystack is as large as prompt and answer fit into the length.
+    """A task of `num_samples` prompts per length, with the largest haystack that a binary search finds to fit.
 
     Every length draws from its own `random.Random(seed)`, first for the sizes that a binary search tries, then for the
     samples, in the order of NVIDIA's generator (github.com/NVIDIA/RULER), so that prompts are the same to the byte.
-    Like there, a start token is not counted; nor does a model read the last token of its answer. A score is the share
-    of the references that the reply holds, in any case (`string_match_all`).
+    As there, a start token is not counted; the row fits, as a model does not read its answer's last token. A score is
+    the share of the references that the reply holds, in any case (`string_match_all`).
     """
 
     quantity: ClassVar[Quantity] = Quantity("string_match_all", SHARE)

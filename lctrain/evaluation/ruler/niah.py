@@ -46,6 +46,10 @@ Haystack = Callable[[Random, int, Sequence[str]], str]
 """(random numbers, size, needles) → the text in which the needles are hidden."""
 
 
+KINDS = ("words", "numbers", "uuids")
+CHOICES = {"type_haystack": ("noise", "essay", "needle"), "type_needle_k": KINDS, "type_needle_v": KINDS}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Niah(Ruler):
     """A task that hides `num_needle_v` values under each of `num_needle_k` keys and asks for those of `num_needle_q`.
@@ -67,6 +71,9 @@ class Niah(Ruler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InputError(f"{self.name} {name}={getattr(self, name)} is none of {', '.join(choices)}")
         if min(self.num_needle_k, self.num_needle_v, self.num_needle_q) < 1:
             raise InputError(f"{self.name} num_needle_k, num_needle_v and num_needle_q must be positive")
         if self.words is not None and "words" not in (self.type_needle_k, self.type_needle_v):
