@@ -59,7 +59,8 @@ def overhead(cfg: DictConfig) -> dict[str, object]:
 def _plain(cfg: DictConfig) -> tuple[float, float]:
     torch.manual_seed(cfg.seed)
     recipe = instantiate(cfg.model, _convert_="all")
-    model = recipe.load(recipe.config())
+    config = recipe.config()
+    model = recipe.load(config, recipe.loaded_dtype(config))
     model.set_attn_implementation("sdpa")
     return plain.train(model, _batches(cfg, recipe), lr=cfg.optimizer.lr, clip=cfg.trainer.gradient_clip_val)
 

@@ -28,8 +28,14 @@ NUM_PARAMETERS = 2 * 64 * 32 + 5 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 
 
 def test_the_tunings_here_are_those_of_conf():
     assert {path.stem for path in (conf_dir() / "tuning").glob("*.yaml")} == {
-        "frozen", "full", "gates", "lora", "longlora", "modules",
+        "frozen", "full", "gates", "lora", "longlora", "method", "modules",
     }  # fmt: skip
+
+
+def test_the_method_alone(recipe):
+    duo = DuoAttention(num_sink_tokens=2, recent_size=4, initial_gate=1.0, clamp=True)
+    trained = trainable(recipe("llama", attention=duo, tuning=tuning_of("method")).build())
+    assert trained == {f"model.layers.{layer}.self_attn.duo.head_gates": 2 for layer in (0, 1)}
 
 
 def test_full(tiny):
