@@ -17,7 +17,6 @@ from lctrain.model.head import hidden_states, token_losses
 # generate takes whatever is not given from the model's folder, where chat models have penalties and minimum lengths.
 GREEDY = {
     "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0,
-    "min_length": 0,
 }  # fmt: skip
 
 
